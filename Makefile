@@ -1,0 +1,48 @@
+# make demo: a picture on one device and on two, with times and PSNR.   make test: lint, types, import contracts, tests.
+# Both make .venv first, with everything pinned by constraints.txt.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INCOMPLETE := $(VENV)/.incomplete
+
+.PHONY: help demo test lint types imports tests clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+demo: $(INSTALLED)
+	$(BIN)/asyncdiff demo
+
+test: lint types imports tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+imports: $(INSTALLED)
+	$(BIN)/lint-imports --no-logo
+
+tests: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# The mark .incomplete stays behind when an installation is interrupted: pip then takes half-written packages for
+# installed ones, so the next attempt starts from nothing. Otherwise only what changed is installed.
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "asyncdiff needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Use: make PYTHON=/path/to/python3.11")'
+	@if [ -e $(INCOMPLETE) ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV)
+	@touch $(INCOMPLETE)
+	@echo "Installing into $(VENV) (minutes the first time) ..."
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
+	@rm $(INCOMPLETE)
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Measuring: time, traffic, memory, picture difference. What the commands print comes from here."""

@@ -1,0 +1,211 @@
+"""The options that several commands share, and the checks that need nothing loaded.
+
+Every check raises `ConfigurationError` naming the option, what was given and what is possible.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+from asyncdiff.cli.failures import DEBUG_VARIABLE
+from asyncdiff.errors import ConfigurationError
+
+Forecast: TypeAlias = Literal["none", "linear"]
+Dtype: TypeAlias = Literal["auto", "float32", "float16", "bfloat16"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_DEVICE_NAME = re.compile(r"(cpu|mps|cuda(:\d+)?|xpu(:\d+)?)")
+_METHOD = "Asynchronous denoising"
+
+
+def _remember_debug(asked: bool) -> bool:
+    if asked:
+        os.environ[DEBUG_VARIABLE] = "1"  # in the environment, so that worker processes see it too
+    return asked
+
+
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show tracebacks of failures."),
+]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="N|LIST",
+        help="A number (2), or names separated by commas (cpu,cpu or cuda:0,cuda:1). "
+        "By default two CUDA devices where there are two, else cpu,cpu.",
+    ),
+]
+StagesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--stages",
+        metavar="N",
+        rich_help_panel=_METHOD,
+        help="Parts the denoiser is cut into. By default as many as the devices allow.",
+    ),
+]
+StrideOption = Annotated[
+    int,
+    typer.Option(
+        "--stride",
+        metavar="S",
+        rich_help_panel=_METHOD,
+        help="Steps that share one exchange. Needs stages + stride - 1 devices.",
+    ),
+]
+WarmupStepsOption = Annotated[
+    int,
+    typer.Option(
+        "--warmup-steps",
+        metavar="W",
+        rich_help_panel=_METHOD,
+        help="Steps run in order first: more is closer to the original, and slower.",
+    ),
+]
+TimeShiftOption = Annotated[
+    bool,
+    typer.Option(
+        "--time-shift",
+        rich_help_panel=_METHOD,
+        help="Condition on the previous timestep; for models that keep visible noise.",
+    ),
+]
+ForecastOption = Annotated[
+    Forecast,
+    typer.Option(
+        "--forecast",
+        rich_help_panel=_METHOD,
+        help="How a stage uses states that are a step old: 'linear' continues them, "
+        "'none' is the published method.",
+    ),
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this JSON file.")
+]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the denoiser is divided, as asked on the command line; `devices` still unresolved."""
+
+    devices: int | tuple[str, ...] | None
+    num_stages: int | None
+    stride: int
+    warmup_steps: int
+    time_shift: bool
+    forecast: Forecast
+
+
+def check_split(
+    devices: str | None,
+    num_stages: int | None,
+    stride: int,
+    warmup_steps: int,
+    time_shift: bool,
+    forecast: Forecast,
+) -> Split:
+    """The options of the split, each checked as far as possible without knowing the machine."""
+    check_at_least("--stages", num_stages, 1)
+    check_at_least("--stride", stride, 1)
+    check_at_least("--warmup-steps", warmup_steps, 1)
+    asked = None if devices is None else parse_devices(devices)
+    if asked is not None:
+        stages_for(asked if isinstance(asked, int) else len(asked), num_stages, stride)
+    return Split(asked, num_stages, stride, warmup_steps, time_shift, forecast)
+
+
+def parse_devices(text: str) -> int | tuple[str, ...]:
+    """`"2"` -> 2; `"cpu,cpu"` -> ("cpu", "cpu"). Whether they exist: `resolve_devices`."""
+    if re.fullmatch(r"\d+", text.strip()):
+        count = int(text)
+        check_at_least("--devices", count, 1)
+        return count
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if not _DEVICE_NAME.fullmatch(name):
+            raise ConfigurationError(
+                f"--devices {text}: {name!r} is no device. Give a number (2), "
+                "or names separated by commas: cpu,cpu or cuda:0,cuda:1 (also mps, xpu:0)."
+            )
+    return names
+
+
+def stages_for(num_devices: int, num_stages: int | None, stride: int) -> int:
+    """The number of stages that keeps every device busy: `num_stages` if it does, else what fits if None."""
+    fitting = num_devices - stride + 1
+    if num_stages is None and fitting >= 1:
+        return fitting
+    needed = (num_stages or 1) + stride - 1
+    if needed == num_devices and num_stages is not None:
+        return num_stages
+    ways_out = [f"give {needed} devices"]
+    if fitting >= 1:
+        ways_out.append(f"use --stages {fitting}")
+    raise ConfigurationError(
+        f"--stages {num_stages or 1} with --stride {stride} needs {needed} devices (stages + stride - 1), "
+        f"but --devices gives {num_devices}: {' or '.join(ways_out)}."
+    )
+
+
+def check_at_least(option: str, value: int | None, minimum: int) -> None:
+    if value is not None and value < minimum:
+        raise ConfigurationError(f"{option} {value}: must be {minimum} or more.")
+
+
+def check_size(option: str, pixels: int | None) -> None:
+    """Every autoencoder in use here divides height and width by 8 (or a multiple of it)."""
+    if pixels is not None and (pixels < 8 or pixels % 8):
+        below = max(8, pixels // 8 * 8)
+        raise ConfigurationError(f"{option} {pixels}: must be a positive multiple of 8, such as {below}.")
+
+
+def check_guidance_scale(value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise ConfigurationError(
+            f"--guidance-scale {value}: must be a number of 0 or more (1 is no guidance)."
+        )
+
+
+def check_seed(value: int | None) -> None:
+    if value is not None and not 0 <= value < 2**63:
+        raise ConfigurationError(f"--seed {value}: must be between 0 and 2^63 - 1.")
+
+
+def check_writable(option: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """That `path` can be written when the work is done: its folder exists, and its ending is one we write."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise ConfigurationError(f"{option} {path}: the file must end in {' or '.join(suffixes)}.")
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"{option} {path}: the folder {path.parent} does not exist. Make it first.")
+    if path.is_dir():
+        raise ConfigurationError(f"{option} {path}: is a folder, not a file.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigurationError(f"{option} {path}: cannot be written (no permission).")
+
+
+def check_model(model: str) -> None:
+    """A folder in diffusers' format, or something that can be a hub id; the network is not asked."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ConfigurationError(
+                f"--model {model}: the folder has no model_index.json, so it is no diffusers pipeline."
+            )
+    elif path.is_file():
+        raise ConfigurationError(
+            f"--model {model}: is a single file. Convert it first: "
+            "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)."
+        )
+    elif model.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ConfigurationError(f"--model {model}: no such folder, and no model id (owner/name).")

@@ -1,0 +1,105 @@
+"""The settings of a run, and how many stages fit a number of devices. Pure: standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asyncdiff.errors import ConfigurationError
+
+FORECASTS = ("linear", "none")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers a run computes (docs/method.md, sections 1 to 5); checked when constructed.
+
+    `num_stages` N, `stride` S and `warmup_steps` w are at least 1; `forecast` is `"linear"` or `"none"`
+    (the paper). Raises `ConfigurationError` for anything else.
+    """
+
+    num_stages: int
+    stride: int = 1
+    warmup_steps: int = 1
+    time_shift: bool = False
+    forecast: str = "linear"
+
+    def __post_init__(self) -> None:
+        check_count("num_stages", self.num_stages)
+        check_count("stride", self.stride)
+        check_count("warmup_steps", self.warmup_steps)
+        if not isinstance(self.time_shift, bool):
+            raise ConfigurationError(f"time_shift must be True or False, but {self.time_shift!r} was given.")
+        if self.forecast not in FORECASTS:
+            raise ConfigurationError(f'forecast must be "linear" or "none", but {self.forecast!r} was given.')
+
+    @property
+    def num_workers(self) -> int:
+        """Devices it takes: one per stage, and `stride` for the stage that predicts."""
+        return self.num_stages + self.stride - 1
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """`value` if it is an integer of at least `least`, else `ConfigurationError` naming the setting.
+
+    Booleans and numbers written as strings are refused: both are slips, and True would silently mean 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigurationError(
+            f"{name} must be an integer, but {value!r} ({type(value).__name__}) was given."
+        )
+    if value < least:
+        raise ConfigurationError(f"{name} must be at least {least}, but {value} was given.")
+    return value
+
+
+def settle(num_devices: int | None, num_stages: int | None, stride: int) -> tuple[int, int]:
+    """(number of stages, number of workers) for what was given of devices and stages.
+
+    Devices only: as many stages as they carry. Stages only (local execution): the workers they need.
+    Both: they must fit exactly. Raises `ConfigurationError` otherwise, and where neither is given.
+    """
+    check_count("stride", stride)
+    if num_devices is not None:
+        check_count("the number of devices", num_devices)
+    if num_stages is not None:
+        check_count("num_stages", num_stages)
+    if num_devices is None:
+        return _from_stages(num_stages, stride)
+    if num_stages is None:
+        return _from_devices(num_devices, stride)
+    return _from_both(num_devices, num_stages, stride)
+
+
+def _from_stages(num_stages: int | None, stride: int) -> tuple[int, int]:
+    if num_stages is None:
+        raise ConfigurationError("Neither devices nor num_stages was given. Pass at least one of them.")
+    return num_stages, num_stages + stride - 1
+
+
+def _from_devices(num_devices: int, stride: int) -> tuple[int, int]:
+    if num_devices < stride:
+        raise ConfigurationError(
+            f"stride={stride} needs at least {_devices(stride)} (num_stages + stride - 1), "
+            f"but {num_devices} {_were(num_devices)} given. "
+            f"Use stride={num_devices} or less, or pass {_devices(stride)} or more."
+        )
+    return num_devices - stride + 1, num_devices
+
+
+def _from_both(num_devices: int, num_stages: int, stride: int) -> tuple[int, int]:
+    needed = num_stages + stride - 1
+    if needed != num_devices:
+        raise ConfigurationError(
+            f"num_stages={num_stages} with stride={stride} needs {_devices(needed)} "
+            f"(num_stages + stride - 1), but {num_devices} {_were(num_devices)} given. "
+            f"Use num_stages={num_devices} with stride=1, or pass {_devices(needed)}."
+        )
+    return num_stages, num_devices
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' * (count != 1)}"
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"

@@ -1,0 +1,78 @@
+"""The demo pipeline's networks before training: Stable Diffusion 1.5's structure, a hundred times smaller."""
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from asyncdiff.demo.drawing import PICTURE_SIZE
+
+LATENT_SIZE = 8  # latent pixels, width and height: one eighth of the picture's, as in Stable Diffusion
+LATENT_CHANNELS = 4
+TEXT_WIDTH = 128
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """64x64 pictures to 8x8 latents of 4 channels and back, one million parameters."""
+    return AutoencoderKL(
+        sample_size=PICTURE_SIZE,
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A two-layer CLIP text encoder for the tokenizer's vocabulary and length."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet() -> UNet2DConditionModel:
+    """7 million parameters on 8x8, 4x4 and 2x2 latent pixels, with cross attention on the first two levels.
+
+    On 16x16 latents the same training time bought a third of the steps: a step took 1.9 s instead of 0.42 s
+    (64 pictures, two CPU cores).
+    """
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 96, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,  # the number of heads, despite its name
+        norm_num_groups=16,
+    )
+
+
+def build_noise_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule with v-prediction (Salimans and Ho 2022).
+
+    v keeps the error of the predicted picture small where almost everything is noise; predicting the noise
+    itself multiplies it by up to 14 there, which would be seen as wrong background colours.
+    """
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )

@@ -1,0 +1,1 @@
+"""Starting and joining worker processes, and the control connections to them."""

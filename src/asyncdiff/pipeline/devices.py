@@ -1,0 +1,172 @@
+"""Which devices, which runtime: settled and checked before anything starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from asyncdiff.config import settle
+from asyncdiff.errors import ConfigurationError
+
+RUNTIMES = ("auto", "local", "spawn", "torchrun")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`runtime`: one of `RUNTIMES` but "auto". `devices`: one per rank, or a single one for the local runtime."""
+
+    runtime: str
+    devices: tuple[str, ...]
+    num_stages: int
+
+    @property
+    def threads_per_device(self) -> int | None:
+        """Intra-op threads of each worker when CPU workers of one host share its cores; None: leave as it is."""
+        cpu_workers = sum(torch.device(device).type == "cpu" for device in self.devices)
+        if self.runtime == "local" or cpu_workers < 2:
+            return None
+        return max(1, available_cores() // cpu_workers)
+
+
+def settle_placement(
+    devices: int | Sequence[str] | None,
+    num_stages: int | None,
+    stride: int,
+    runtime: str,
+    denoiser_device: torch.device,
+) -> Placement:
+    """What was asked for as a `Placement`; `ConfigurationError` for what this machine cannot do."""
+    if runtime not in RUNTIMES:
+        raise ConfigurationError(f"runtime must be one of {', '.join(RUNTIMES)}, but {runtime!r} was given.")
+    if runtime == "torchrun" or (runtime == "auto" and _is_under_torchrun()):
+        return _torchrun_placement(devices, num_stages, stride, denoiser_device)
+    if runtime == "local" or (devices is None and num_stages is not None and runtime == "auto"):
+        return _local_placement(devices, num_stages, stride, denoiser_device)
+    names = parse_devices(devices, denoiser_device)
+    stages, workers = settle(len(names), num_stages, stride)
+    if workers == 1 and runtime == "auto":
+        return Placement("local", names, stages)
+    _check_driver_device(names[0], denoiser_device)
+    return Placement("spawn", names, stages)
+
+
+def parse_devices(devices: int | Sequence[str] | None, denoiser_device: torch.device) -> tuple[str, ...]:
+    """Device names, each checked to exist. A number takes that many of the denoiser's kind."""
+    if devices is None:
+        count = torch.cuda.device_count() if denoiser_device.type == "cuda" else 0
+        if count < 2:
+            raise ConfigurationError(
+                "No devices were given and there are fewer than two GPUs to choose. Pass devices=[...], for "
+                'example devices=["cpu", "cpu"], or num_stages=2 alone to run all stages in this process.'
+            )
+        devices = count
+    if isinstance(devices, bool) or not isinstance(devices, int | Sequence):
+        raise ConfigurationError(f"devices must be a number or a list of names, but {devices!r} was given.")
+    if isinstance(devices, int):
+        devices = _count_of_devices(devices, denoiser_device)
+    if isinstance(devices, str):
+        devices = devices.split(",")
+    if not devices:
+        raise ConfigurationError("devices is empty. Pass at least one.")
+    return tuple(_check_device(name) for name in devices)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _count_of_devices(count: int, denoiser_device: torch.device) -> list[str]:
+    if count < 1:
+        raise ConfigurationError(f"devices={count} was given, but at least one is needed.")
+    if denoiser_device.type != "cuda":
+        return [denoiser_device.type] * count
+    if count > torch.cuda.device_count():
+        raise ConfigurationError(
+            f"devices={count} was given, but this machine has {torch.cuda.device_count()} CUDA devices. Use "
+            f"devices={torch.cuda.device_count()} or less."
+        )
+    first = denoiser_device.index or 0
+    others = [index for index in range(torch.cuda.device_count()) if index != first]
+    return [f"cuda:{index}" for index in [first, *others][:count]]
+
+
+def _check_device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f"{name!r} is not a device. Use names such as 'cpu', 'cuda:0' or 'cuda:1'."
+        ) from error
+    if device.type == "cuda":
+        index = device.index or 0
+        if index >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"{name!r} was given, but this machine has {torch.cuda.device_count()} CUDA devices."
+            )
+        return f"cuda:{index}"
+    if device.type not in ("cpu", "xpu", "mps"):
+        raise ConfigurationError(f"{name!r} was given, but stages run on cpu, cuda, xpu or mps devices.")
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        raise ConfigurationError(f"{name!r} was given, but torch finds no {device.type} device here.")
+    return str(device)
+
+
+def _check_driver_device(first: str, denoiser_device: torch.device) -> None:
+    device = torch.device(first)
+    if device.type != denoiser_device.type or (device.index or 0) != (denoiser_device.index or 0):
+        raise ConfigurationError(
+            f"The first device is {first}, but the denoiser is on {denoiser_device}. The first device is the "
+            f'driver\'s: call pipe.to("{first}") before, or put {denoiser_device} first.'
+        )
+
+
+def _local_placement(
+    devices: int | Sequence[str] | None, num_stages: int | None, stride: int, denoiser_device: torch.device
+) -> Placement:
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        stages, _ = settle(devices, num_stages, stride)
+        return Placement("local", (str(denoiser_device),), stages)
+    if devices is None:
+        return Placement("local", (str(denoiser_device),), settle(None, num_stages, stride)[0])
+    names = parse_devices(devices, denoiser_device)
+    _check_driver_device(names[0], denoiser_device)
+    stages, _ = settle(None, num_stages, stride) if len(names) == 1 and num_stages else settle(
+        len(names), num_stages, stride
+    )
+    return Placement("local", (names[0],), stages)
+
+
+def _is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _torchrun_placement(
+    devices: int | Sequence[str] | None, num_stages: int | None, stride: int, denoiser_device: torch.device
+) -> Placement:
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        raise ConfigurationError(
+            "runtime='torchrun' was asked for, but this process was not started by torchrun (RANK and "
+            "WORLD_SIZE are not set). Start the script with: torchrun --nproc-per-node 2 script.py"
+        )
+    world_size = int(os.environ["WORLD_SIZE"])
+    if isinstance(devices, int) and devices != world_size:
+        raise ConfigurationError(
+            f"devices={devices} was given, but torchrun started {world_size} processes. Pass neither, or start "
+            f"torchrun --nproc-per-node {devices}."
+        )
+    stages, _ = settle(world_size, num_stages, stride)
+    if devices is not None and not isinstance(devices, int):
+        names = tuple(devices)
+        if len(names) != world_size:
+            raise ConfigurationError(
+                f"{len(names)} devices were given, but torchrun started {world_size} processes: pass one each."
+            )
+    else:
+        names = (denoiser_device.type,) * world_size
+    return Placement("torchrun", names, stages)

@@ -1,0 +1,117 @@
+"""What happened in the last run: per step and device, as recorded by the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from asyncdiff.planner import Plan
+from asyncdiff.protocol.messages import WorkerReport
+from asyncdiff.simulate import COMPUTE, TRANSFER, WAIT, Span, Timeline
+
+_CATEGORIES = {"compute": COMPUTE, "wait": WAIT, "send": TRANSFER}
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """One denoiser call as the driver saw it; times of `time.perf_counter()`."""
+
+    step: int
+    channel: Hashable
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class DeviceRound:
+    """What one device did in the round that began at a step."""
+
+    compute_s: float
+    wait_s: float
+    bytes_sent: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """`seconds`: how long the driver's denoiser calls of this step took. `devices`: per rank, the round that began
+    at this step (zeros where none did)."""
+
+    step: int
+    seconds: float
+    devices: tuple[DeviceRound, ...]
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(device.bytes_sent for device in self.devices)
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The last run. `denoise_s`: from the first denoiser call to the end of the last one. `weight_bytes`,
+    `resident_bytes`, `cpu_s`: per rank, now (the local executor holds everything in one process)."""
+
+    steps: tuple[StepReport, ...]
+    denoise_s: float
+    weight_bytes: tuple[int, ...]
+    resident_bytes: tuple[int, ...]
+    cpu_s: tuple[float, ...]
+    devices: tuple[str, ...]
+    timeline: Timeline
+
+    @property
+    def total_s(self) -> float:
+        """Seconds inside the denoiser's calls."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that crossed between stages and back to the driver, all devices together."""
+        return sum(step.bytes_sent for step in self.steps)
+
+    def write_trace(self, path: str | Path) -> None:
+        """Write the run for chrome://tracing or https://ui.perfetto.dev."""
+        self.timeline.write_trace(path)
+
+
+def build_report(calls: Sequence[CallRecord], workers: Sequence[WorkerReport], plan: Plan) -> RunReport:
+    """Put together the driver's calls and the workers' records of one run. Worker clocks are the driver's."""
+    start_s = min(call.start_s for call in calls)
+    steps = sorted({call.step for call in calls})
+    return RunReport(
+        steps=tuple(_step(step, calls, workers) for step in steps),
+        denoise_s=max(call.end_s for call in calls) - start_s,
+        weight_bytes=tuple(worker.weight_bytes for worker in workers),
+        resident_bytes=tuple(worker.resident_bytes for worker in workers),
+        cpu_s=tuple(worker.cpu_s for worker in workers),
+        devices=tuple(plan.devices),
+        timeline=_timeline(calls, workers, start_s, steps),
+    )
+
+
+def _step(step: int, calls: Sequence[CallRecord], workers: Sequence[WorkerReport]) -> StepReport:
+    devices = []
+    for worker in workers:
+        rounds = [record for record in worker.rounds if record.first_step == step]
+        devices.append(
+            DeviceRound(
+                compute_s=sum(record.compute_s for record in rounds),
+                wait_s=sum(record.wait_s for record in rounds),
+                bytes_sent=sum(record.bytes_sent for record in rounds),
+            )
+        )
+    seconds = sum(call.end_s - call.start_s for call in calls if call.step == step)
+    return StepReport(step, seconds, tuple(devices))
+
+
+def _timeline(
+    calls: Sequence[CallRecord], workers: Sequence[WorkerReport], start_s: float, steps: Sequence[int]
+) -> Timeline:
+    spans = tuple(
+        Span(rank, name, begin - start_s, end - start_s, _CATEGORIES[category])
+        for rank, worker in enumerate(workers)
+        for record in worker.rounds
+        for name, category, begin, end in record.spans
+    )
+    seconds = tuple(sum(call.end_s - call.start_s for call in calls if call.step == step) for step in steps)
+    return Timeline(spans, max(call.end_s for call in calls) - start_s, seconds)

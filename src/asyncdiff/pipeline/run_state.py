@@ -1,0 +1,153 @@
+"""What is remembered of a run between its denoiser calls: the schedule of each channel, and its timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from asyncdiff.config import Settings
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.pipeline.analysis import Analysis
+from asyncdiff.pipeline.noise_scheduler import timesteps_of
+from asyncdiff.pipeline.timesteps import TimestepMap, input_scale, other_step_names, timestep_name
+from asyncdiff.protocol.messages import Condition
+from asyncdiff.schedule import Round, Schedule, build_schedule
+from asyncdiff.schedule.ops import Compute
+from asyncdiff.tracking import Position
+from asyncdiff.trace import Inputs
+
+
+@dataclass
+class ChannelState:
+    """One channel of a run: which schedule it follows since `schedule.first_step`, for which input structure.
+
+    `arguments`: timestep argument of the denoiser by step.
+    """
+
+    analysis: Analysis
+    schedule: Schedule
+    arguments: dict[int, Any] = field(default_factory=dict)
+
+    def follows(self, position: Position, analysis: Analysis) -> bool:
+        """Whether its states are those of the previous step of this structure."""
+        covers = self.schedule.first_step <= position.step < self.schedule.num_steps
+        return self.analysis is analysis and covers and position.first_step <= self.schedule.first_step
+
+
+@lru_cache(maxsize=64)
+def schedule_for(
+    kind: str, crossings: tuple[tuple[int, int], ...], settings: Settings, first_step: int, num_steps: int
+) -> Schedule:
+    """The schedule of the steps `first_step` to `num_steps - 1`."""
+    return build_schedule(
+        kind=kind,
+        num_stages=settings.num_stages,
+        stride=settings.stride,
+        warmup_steps=settings.warmup_steps,
+        num_steps=num_steps,
+        first_step=first_step,
+        time_shift=settings.time_shift,
+        forecast=settings.forecast,
+        crossings=crossings,
+    )
+
+
+class Conditions:
+    """Timesteps and scales for evaluations that are conditioned on another step than the call's own.
+
+    Needed with time shift (the timestep of the step before) and stride > 1 (those of steps to come).
+    """
+
+    def __init__(self, settings: Settings, num_train_timesteps: int, scales: tuple[float, ...]) -> None:
+        self._settings = settings
+        self._map = TimestepMap(num_train_timesteps, scales)
+
+    def observe(self, scheduler: Any, position: Position, inputs: Inputs) -> None:
+        """Learn from a call how the timestep argument follows from the noise scheduler's timestep."""
+        timesteps, argument = timesteps_of(scheduler), timestep_argument(inputs)
+        if self._settings.stride == 1 or timesteps is None or argument is None:
+            return
+        self._map.observe(timesteps[position.timestep_index], argument)
+        if self._map.is_refuted:
+            raise ConfigurationError(self._map.refusal())
+
+    def for_round(
+        self, round_: Round, scheduler: Any, position: Position, inputs: Inputs, arguments: Mapping[int, Any]
+    ) -> dict[int, Condition] | None:
+        """By condition step, what replaces the call's own timestep and scale; None where it is not known yet."""
+        found: dict[int, Condition] = {}
+        for condition_step, evaluated in _condition_steps(round_, self._settings.time_shift).items():
+            scale = self._scale(scheduler, position, evaluated, inputs)
+            if condition_step == position.step and scale == 1.0:
+                continue
+            timestep = self._timestep(condition_step, scheduler, position, inputs, arguments)
+            if timestep is None:
+                return None
+            found[condition_step] = Condition(timestep, scale)
+        return found
+
+    def _timestep(
+        self, step: int, scheduler: Any, position: Position, inputs: Inputs, arguments: Mapping[int, Any]
+    ) -> Any:
+        if step in arguments:
+            return arguments[step]
+        self._refuse_unknown_inputs(inputs)
+        timesteps = timesteps_of(scheduler)
+        assert timesteps is not None
+        index = position.timestep_index + step - position.step
+        return self._map.argument_for(timesteps[index], like=timestep_argument(inputs))
+
+    def _refuse_unknown_inputs(self, inputs: Inputs) -> None:
+        others = other_step_names(inputs.names)
+        if others or timestep_argument(inputs) is None:
+            what = f"also varies {', '.join(others)} by step" if others else "takes no timestep that is known"
+            raise ConfigurationError(
+                f"stride={self._settings.stride} needs the denoiser's inputs of later steps, but this denoiser "
+                f"{what}. Use stride=1."
+            )
+
+    def _scale(self, scheduler: Any, position: Position, step: int, inputs: Inputs) -> float:
+        """By how much the latents of the call must be scaled for an evaluation that belongs to `step`."""
+        if step == position.step:
+            return 1.0
+        own = input_scale(scheduler, position.timestep_index)
+        other = input_scale(scheduler, position.timestep_index + step - position.step)
+        if own is None or other is None:
+            raise ConfigurationError(
+                f"stride={self._settings.stride} needs to know how {type(scheduler).__name__} scales the denoiser's "
+                f"input at later steps, which it does not tell. Use stride=1 or another noise scheduler."
+            )
+        return other / own
+
+
+def refuse_scaled_conditions(
+    conditions: Mapping[int, Condition], inputs: Inputs, analysis: Analysis, stride: int
+) -> None:
+    """Where the latents carry more than what the noise scheduler scales (inpainting), a factor would be wrong."""
+    if all(condition.latents_scale == 1.0 for condition in conditions.values()):
+        return
+    latents, prediction = inputs.tensors()[inputs.latents].shape, analysis.wiring.outputs[0].shape
+    if len(latents) > 1 and len(prediction) > 1 and latents[1] != prediction[1]:
+        raise ConfigurationError(
+            f"stride={stride} with this noise scheduler needs the latents rescaled, but the denoiser's input has "
+            f"{latents[1]} channels, of which only {prediction[1]} are latents. Use stride=1 or DDIMScheduler."
+        )
+
+
+def timestep_argument(inputs: Inputs) -> Any:
+    """The denoiser's timestep: a tensor or a number; None where it has none."""
+    name = timestep_name(inputs.names)
+    return None if name is None else inputs.leaves[inputs.names.index(name)]
+
+
+def _condition_steps(round_: Round, time_shift: bool) -> dict[int, int]:
+    """Condition step -> the step that the evaluation belongs to, over all computes of a round."""
+    shift = 1 if time_shift and not round_.in_order else 0
+    return {
+        op.condition_step: op.condition_step + shift
+        for ops in round_.ops
+        for op in ops
+        if isinstance(op, Compute)
+    }

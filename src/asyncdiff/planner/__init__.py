@@ -1,0 +1,21 @@
+"""Numbers in, plan out: costs, cut points, partitions, plans and what they predict. Pure."""
+
+from asyncdiff.planner.costs import estimate_seconds, glue_seconds
+from asyncdiff.planner.names import block_name, partition_by_names
+from asyncdiff.planner.partitioning import partition_chain, partition_nested, stage_speeds
+from asyncdiff.planner.plan import Plan, make_plan
+from asyncdiff.planner.predictions import Predictions, predict
+
+__all__ = [
+    "Plan",
+    "Predictions",
+    "block_name",
+    "estimate_seconds",
+    "glue_seconds",
+    "make_plan",
+    "partition_by_names",
+    "partition_chain",
+    "partition_nested",
+    "predict",
+    "stage_speeds",
+]

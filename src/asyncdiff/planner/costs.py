@@ -1,0 +1,57 @@
+"""What each block costs in seconds: measured where it was profiled, else estimated from its record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from asyncdiff.graph import BlockGraph
+
+
+class Rates(NamedTuple):
+    """What a device sustains: floating-point operations and bytes of memory traffic per second."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+
+# Only ratios decide where a cut goes; the absolute figures are orders of magnitude for one typical device.
+# "cpu": a few cores with AVX2 and two memory channels (half precision is computed in float32 where there is
+# no AMX, so it gains nothing but bytes). "cuda": about half of an A100's peak without TF32, and of its
+# memory bandwidth.
+_RATES = {
+    ("cpu", "float32"): Rates(1.5e11, 2.0e10),
+    ("cuda", "float32"): Rates(1.0e13, 1.0e12),
+    ("cuda", "float16"): Rates(1.2e14, 1.0e12),
+    ("cuda", "bfloat16"): Rates(1.2e14, 1.0e12),
+}
+
+
+def estimate_seconds(
+    graph: BlockGraph, device_kind: str = "cpu", dtype: str = "float32"
+) -> tuple[float, ...]:
+    """Seconds of each block, in execution order.
+
+    Measured seconds where every block has them; a mixture would compare two different units, so otherwise all
+    come from a roofline: `flops / F + memory_bytes / B` (a sum, not a maximum: a block is many kernels, some
+    bound by the one and some by the other). Device kinds but "cpu" use the figures of "cuda", and dtypes
+    without figures of their own those of float32.
+    """
+    measured = [block.seconds for block in graph.blocks if block.seconds is not None]
+    if len(measured) == len(graph.blocks):
+        return tuple(measured)
+    rates = rates_of(device_kind, dtype)
+    return tuple(
+        block.flops / rates.flops_per_s + block.memory_bytes / rates.bytes_per_s for block in graph.blocks
+    )
+
+
+def rates_of(device_kind: str, dtype: str) -> Rates:
+    """The figures used for a device kind and a dtype name."""
+    kind = "cpu" if device_kind == "cpu" else "cuda"
+    return _RATES.get((kind, dtype), _RATES[kind, "float32"])
+
+
+def glue_seconds(graph: BlockGraph, block_seconds: tuple[float, ...]) -> float:
+    """Seconds of the work outside all blocks, which every stage repeats, at the blocks' average rate."""
+    flops = sum(block.flops for block in graph.blocks)
+    return graph.glue_flops * sum(block_seconds) / flops if flops > 0 else 0.0

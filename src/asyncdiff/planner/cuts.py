@@ -1,0 +1,147 @@
+"""Where to cut: the least possible largest stage, then the fewest bytes that cross, both exact.
+
+The least largest stage is found by bisection on a limit: dynamic programming from the last stage to the first
+says how far the stages reach under it. Within that limit (and a tolerance on top) dynamic programming over cut
+points finds the fewest crossing bytes: they are a sum over stages.
+
+n blocks, N stages; `cuts` are positions between blocks, stage k of a chain holding [cuts[k], cuts[k + 1]).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeAlias
+
+from asyncdiff.planner.crossing import EnteringBytes
+
+_ROUNDING = 1e-9  # relative: differences of prefix sums are not exact
+
+# (crossing bytes, sum of the stages' squared seconds) and the cuts: the first decides, the second makes stages even.
+_Choice: TypeAlias = tuple[tuple[float, float], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """The work to divide. `prefix[i]`: seconds of the first i blocks; `fixed`: seconds that every stage adds.
+
+    `speeds`: of each stage's (slowest) device, in stage order.
+    """
+
+    prefix: tuple[float, ...]
+    fixed: float
+    speeds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], fixed: float, speeds: Sequence[float]) -> Load:
+        return cls(tuple(accumulate(seconds, initial=0.0)), fixed, tuple(speeds))
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.prefix) - 1
+
+    def stage_seconds(self, stage: int, start: int, end: int) -> float:
+        """Blocks [start, end) on the device of a stage."""
+        return (self.prefix[end] - self.prefix[start] + self.fixed) / self.speeds[stage]
+
+    def outer_seconds(self, start: int, end: int) -> float:
+        """All blocks but [start, end) on the device of stage 0."""
+        rest = self.prefix[start] + self.prefix[-1] - self.prefix[end]
+        return (rest + self.fixed) / self.speeds[0]
+
+
+def chain_cuts(load: Load, entering: EnteringBytes, *, copies: int, imbalance: float) -> tuple[int, ...]:
+    """Cut points 0 = c_0 < ... < c_N = n of a chain; `copies` of the last stage receive what enters it."""
+    n, stages = load.num_blocks, range(len(load.speeds))
+
+    def fits(limit: float) -> bool:
+        return _furthest(load, stages, limit, reserve=0)[0] == n
+
+    limit = _least_limit(load, fits) * (1.0 + imbalance)
+    weights = [1] * (len(stages) - 1) + [copies]
+    _, cuts = _fewest_bytes(load, entering, stages, weights, 0, limit)[n]
+    return cuts
+
+
+def nested_cuts(load: Load, entering: EnteringBytes, *, copies: int, imbalance: float) -> tuple[int, ...]:
+    """Cut points c_0 < ... < c_{N-1} of the inner stages 1 to N-1; stage 0 holds the blocks before and after.
+
+    `copies` of stage 0 receive what enters the blocks after the inner ones.
+    """
+    stages = range(1, len(load.speeds))
+
+    def fits(limit: float) -> bool:
+        return any(_nested_starts(load, stages, limit))
+
+    limit = _least_limit(load, fits) * (1.0 + imbalance)
+    return min(_nested_candidates(load, entering, stages, copies, limit))[1]
+
+
+def _nested_starts(load: Load, stages: range, limit: float) -> Iterator[int]:
+    """Where the inner stages can begin so that no stage exceeds the limit."""
+    furthest = _furthest(load, stages, limit, reserve=1)
+    for start in range(1, load.num_blocks):
+        # Outer stage: the further the inner ones reach, the less is left for it.
+        if furthest[start] and load.outer_seconds(start, furthest[start]) <= limit:
+            yield start
+
+
+def _nested_candidates(
+    load: Load, entering: EnteringBytes, stages: range, copies: int, limit: float
+) -> Iterator[_Choice]:
+    """For every start of the inner blocks and every end within the limit, the best cuts between."""
+    for start in _nested_starts(load, stages, limit):
+        inner = _fewest_bytes(load, entering, stages, [1] * len(stages), start, limit)
+        for end, ((num_bytes, squares), cuts) in inner.items():
+            outer_s = load.outer_seconds(start, end)
+            if end < load.num_blocks and outer_s <= limit:
+                yield (num_bytes + copies * entering.around(start, end), squares + outer_s**2), cuts
+
+
+def _least_limit(load: Load, fits: Callable[[float], bool]) -> float:
+    """The least limit on the stages' seconds under which a partition fits, up to rounding."""
+    low, high = 0.0, (load.prefix[-1] + load.fixed) / min(load.speeds)
+    while high - low > _ROUNDING / 10 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high * (1.0 + _ROUNDING)
+
+
+def _furthest(load: Load, stages: range, limit: float, *, reserve: int) -> list[int]:
+    """For every position, the furthest end that stages starting there reach; 0 where they do not fit.
+
+    Each stage has at least one block and stays within the limit; `reserve` blocks are left over at the end.
+    Filling each stage in turn as far as it goes would be simpler and is wrong: with devices of unequal speeds it
+    can leave a slow one before a block that only the next can take.
+    """
+    n = load.num_blocks
+    reach = [*range(n + 1 - reserve), *[0] * reserve]
+    for stage in reversed(stages):
+        room = limit * load.speeds[stage] - load.fixed
+        ends = [bisect_right(load.prefix, before + room) for before in load.prefix]
+        reach = [max(reach[start + 1 : end], default=0) for start, end in enumerate(ends)]
+    return reach
+
+
+def _fewest_bytes(
+    load: Load, entering: EnteringBytes, stages: range, weights: Sequence[int], start: int, limit: float
+) -> dict[int, _Choice]:
+    """End of the stages -> the fewest bytes entering them, the least sum of squared seconds, and the cuts.
+
+    `weights`: how many devices receive what enters each stage.
+    """
+    best: dict[int, _Choice] = {start: ((0.0, 0.0), (start,))}
+    for stage, weight in zip(stages, weights, strict=True):
+        following: dict[int, _Choice] = {}
+        for begin, ((num_bytes, squares), cuts) in best.items():
+            for end in range(begin + 1, load.num_blocks + 1):
+                seconds = load.stage_seconds(stage, begin, end)
+                if seconds > limit:
+                    break
+                cost = (num_bytes + weight * entering.before(begin, end), squares + seconds**2)
+                if end not in following or cost < following[end][0]:
+                    following[end] = (cost, (*cuts, end))
+        best = following
+    return best

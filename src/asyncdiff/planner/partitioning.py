@@ -1,0 +1,103 @@
+"""From a graph to a partition: which stage runs which blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from asyncdiff.config import check_count
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.graph import BlockGraph, BlockKey, Partition
+from asyncdiff.planner.costs import estimate_seconds, glue_seconds
+from asyncdiff.planner.crossing import EnteringBytes
+from asyncdiff.planner.cuts import Load, chain_cuts, nested_cuts
+
+DEFAULT_IMBALANCE = 0.005
+
+
+def partition_chain(
+    graph: BlockGraph,
+    num_stages: int,
+    *,
+    speeds: Sequence[float] | None = None,
+    stride: int = 1,
+    seconds: Sequence[float] | None = None,
+    imbalance: float = DEFAULT_IMBALANCE,
+) -> Partition:
+    """The chain whose largest stage time is least; among those, the one that hands over the fewest bytes.
+
+    `speeds`: one per rank (`num_stages + stride - 1` of them), relative to the device on which `seconds`
+    holds; None for equal devices. `seconds`: one per block, None for `estimate_seconds(graph)`. `imbalance`:
+    how much longer, relatively, the largest stage may be than it must, if that makes fewer bytes cross.
+    Raises `ConfigurationError` where there are fewer blocks than stages.
+    """
+    load = _load("chain", graph, num_stages, speeds, stride, seconds)
+    _check_blocks(graph, num_stages, num_stages)
+    cuts = chain_cuts(load, EnteringBytes(graph), copies=stride, imbalance=imbalance)
+    return Partition("chain", _stages(graph, cuts))
+
+
+def partition_nested(
+    graph: BlockGraph,
+    num_stages: int,
+    *,
+    speeds: Sequence[float] | None = None,
+    stride: int = 1,
+    seconds: Sequence[float] | None = None,
+    imbalance: float = DEFAULT_IMBALANCE,
+) -> Partition:
+    """The nested split (stage 0 holds the first and the last blocks) chosen as `partition_chain` chooses.
+
+    With one stage it is the chain of one.
+    """
+    load = _load("nested", graph, num_stages, speeds, stride, seconds)
+    if num_stages == 1:
+        return Partition("nested", _stages(graph, (0, len(graph.blocks))))
+    _check_blocks(graph, num_stages, num_stages + 1)
+    cuts = nested_cuts(load, EnteringBytes(graph), copies=stride, imbalance=imbalance)
+    before, after = _stages(graph, (0, cuts[0]))[0], _stages(graph, (cuts[-1], len(graph.blocks)))[0]
+    return Partition("nested", (before + after, *_stages(graph, cuts)))
+
+
+def stage_speeds(
+    kind: str, num_stages: int, stride: int, speeds: Sequence[float] | None = None
+) -> tuple[float, ...]:
+    """The speed of each stage from that of each rank: a replicated stage is as fast as its slowest device."""
+    check_count("num_stages", num_stages)
+    check_count("stride", stride)
+    num_workers = num_stages + stride - 1
+    given = (1.0,) * num_workers if speeds is None else tuple(speeds)
+    if len(given) != num_workers or any(not speed > 0 for speed in given):
+        raise ConfigurationError(
+            f"num_stages={num_stages} with stride={stride} needs {num_workers} positive device speeds "
+            f"(num_stages + stride - 1), but {list(given)} were given."
+        )
+    replicated = 0 if kind == "nested" else num_stages - 1
+    slowest = min(given[replicated], *given[num_stages:], given[replicated])
+    return (*given[:replicated], slowest, *given[replicated + 1 : num_stages])
+
+
+def _load(
+    kind: str,
+    graph: BlockGraph,
+    num_stages: int,
+    speeds: Sequence[float] | None,
+    stride: int,
+    seconds: Sequence[float] | None,
+) -> Load:
+    costs = estimate_seconds(graph) if seconds is None else tuple(seconds)
+    if len(costs) != len(graph.blocks):
+        raise ConfigurationError(f"The graph has {len(graph.blocks)} blocks, but seconds for {len(costs)}.")
+    return Load.of(costs, glue_seconds(graph, costs), stage_speeds(kind, num_stages, stride, speeds))
+
+
+def _check_blocks(graph: BlockGraph, num_stages: int, least: int) -> None:
+    if len(graph.blocks) < least:
+        raise ConfigurationError(
+            f"num_stages={num_stages} needs at least {least} blocks, but this denoiser has "
+            f"{len(graph.blocks)}. Use fewer stages."
+        )
+
+
+def _stages(graph: BlockGraph, cuts: Sequence[int]) -> tuple[tuple[BlockKey, ...], ...]:
+    return tuple(tuple(block.key for block in graph.blocks[start:end]) for start, end in pairwise(cuts))

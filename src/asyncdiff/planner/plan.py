@@ -1,0 +1,140 @@
+"""A plan: which stage runs what, by which settings, on which devices, and what to expect of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from asyncdiff.config import Settings, check_count
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.graph import BlockGraph, Partition
+from asyncdiff.planner.costs import estimate_seconds
+from asyncdiff.planner.description import describe
+from asyncdiff.planner.names import block_name, partition_by_names
+from asyncdiff.planner.partitioning import DEFAULT_IMBALANCE, partition_chain, partition_nested
+from asyncdiff.planner.plan_file import fields_from_json, fields_to_json
+from asyncdiff.planner.predictions import Predictions, predict
+from asyncdiff.schedule.builder import KINDS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides how a denoiser is divided; saved as JSON, edited by hand, passed back.
+
+    `kind`: `"chain"` or `"nested"`. `stages`: per stage, the module names of its blocks (`partition_by_names`
+    says what a name covers). `devices`: one per rank (`num_stages + stride - 1`), or a single one that runs
+    all stages in turn. `threads_per_device`: intra-op threads of a CPU worker, None for whatever it has.
+    `predictions`: None where nothing was predicted. Raises `ConfigurationError` for values that do not fit.
+    """
+
+    kind: str
+    stages: tuple[tuple[str, ...], ...]
+    devices: tuple[str, ...]
+    stride: int = 1
+    warmup_steps: int = 1
+    time_shift: bool = False
+    forecast: str = "linear"
+    threads_per_device: int | None = None
+    predictions: Predictions | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigurationError(f'A plan\'s kind must be "chain" or "nested", but it is {self.kind!r}.')
+        if not self.stages or not all(self.stages):
+            raise ConfigurationError("Every stage of a plan must name at least one block.")
+        if len(self.devices) not in (1, self.settings.num_workers):
+            raise ConfigurationError(
+                f"A plan of {self.num_stages} stages with stride={self.stride} needs "
+                f"{self.settings.num_workers} devices (num_stages + stride - 1), or one that runs them all "
+                f"in turn, but it lists {len(self.devices)}."
+            )
+        if self.threads_per_device is not None:
+            check_count("threads_per_device", self.threads_per_device)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.num_stages, self.stride, self.warmup_steps, self.time_shift, self.forecast)
+
+    @property
+    def num_workers(self) -> int:
+        return self.settings.num_workers
+
+    def partition(self, graph: BlockGraph) -> Partition:
+        """The partition of this graph; `ConfigurationError` if the names do not divide it as `kind` says."""
+        partition = partition_by_names(graph, self.stages)
+        if self.num_stages > 1 and partition.kind != self.kind:
+            raise ConfigurationError(
+                f"The plan says {self.kind}, but its stages are {partition.kind}: the last block is on stage "
+                f"{partition.stage_of[graph.blocks[-1].key]}."
+            )
+        return replace(partition, kind=self.kind)
+
+    def describe(self) -> str:
+        """A short table: per stage its devices, blocks, share of the cost and of the weights."""
+        return describe(self)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` gives an equal plan back."""
+        return fields_to_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote; `ConfigurationError` for unknown keys, versions and wrong types."""
+        return cls(**fields_from_json(text))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as a JSON file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a JSON file; errors as `from_json`, `OSError` where the file cannot be read."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def make_plan(
+    graph: BlockGraph,
+    settings: Settings,
+    devices: Sequence[str],
+    *,
+    kind: str = "chain",
+    partition: Partition | None = None,
+    speeds: Sequence[float] | None = None,
+    dtype: str = "float32",
+    threads_per_device: int | None = None,
+    imbalance: float = DEFAULT_IMBALANCE,
+) -> Plan:
+    """The plan for a graph on devices: the best partition of `kind`, or the one given, with its predictions.
+
+    `devices` as in `Plan`, `speeds` and `imbalance` as in `partition_chain`; `dtype` of the weights and the
+    kind of the first device choose the cost estimate where blocks have not been measured.
+    """
+    seconds = estimate_seconds(graph, devices[0].split(":")[0] if devices else "cpu", dtype)
+    stride = settings.stride
+    if partition is None:
+        if kind not in KINDS:
+            raise ConfigurationError(f'kind must be "chain" or "nested", but {kind!r} was given.')
+        cut = partition_nested if kind == "nested" else partition_chain
+        partition = cut(
+            graph, settings.num_stages, speeds=speeds, stride=stride, seconds=seconds, imbalance=imbalance
+        )
+    if partition.num_stages != settings.num_stages:
+        raise ConfigurationError(
+            f"num_stages={settings.num_stages}, but the partition has {partition.num_stages} stages."
+        )
+    return Plan(
+        kind=partition.kind,
+        stages=tuple(tuple(block_name(key, graph) for key in keys) for keys in partition.stages),
+        devices=tuple(devices),
+        stride=stride,
+        warmup_steps=settings.warmup_steps,
+        time_shift=settings.time_shift,
+        forecast=settings.forecast,
+        threads_per_device=threads_per_device,
+        predictions=predict(graph, partition, seconds, stride=stride, speeds=speeds),
+    )

@@ -1,0 +1,1 @@
+"""Control messages between the driver and its workers. Pure."""

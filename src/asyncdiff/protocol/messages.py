@@ -1,0 +1,231 @@
+"""Control messages between the driver and its workers.
+
+Pure: tensors, specs and skeletons are opaque here (`Any`). Every message to a worker names its session: under
+torchrun one worker process serves all the handles of the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncdiff.schedule.ops import Op
+
+
+@dataclass(frozen=True)
+class WorkerHello:
+    """Worker -> driver, first message: who connected. `device`: where it has been placed, if it already has."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Driver -> worker: are you alive? Answered by a thread of its own, also while a stage computes."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Pong:
+    """Worker -> driver. `clock_s`: the worker's `time.perf_counter()`."""
+
+    number: int
+    clock_s: float
+
+
+@dataclass(frozen=True)
+class Farewell:
+    """Driver -> worker: the driver ends, so does the worker."""
+
+
+@dataclass(frozen=True)
+class OpenSession:
+    """Hold one stage of a denoiser on `device` with `threads` intra-op threads (None: torch's default).
+
+    `store`: host and port of the store to meet at.
+    """
+
+    session: int
+    rank: int
+    device: str
+    threads: int | None
+    store: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class JoinTransport:
+    """Leave the data transport, if any, for a new one among `ranks`; `local`: all on one host."""
+
+    session: int
+    ranks: tuple[int, ...]
+    backend: str
+    prefix: str
+    local: bool
+
+
+@dataclass(frozen=True)
+class InstallSkeleton:
+    """Rebuild the denoiser; tensors already held are kept by name. `rank_stages[r]`: the stage of rank r."""
+
+    session: int
+    skeleton: Any
+    rank_stages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ReceiveWeights:
+    """The named tensors follow on the data transport, in this order: (name, spec)."""
+
+    session: int
+    tensors: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class ReturnWeights:
+    """Send the named tensors back on the data transport, in this order."""
+
+    session: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PrepareStage:
+    """Install the stubs for one input structure."""
+
+    session: int
+    key: int
+    spec: Any
+    wiring: Any
+
+
+@dataclass(frozen=True)
+class InlineInput:
+    """A small input, in the message itself."""
+
+    name: str
+    tensor: Any
+
+
+@dataclass(frozen=True)
+class TransferredInput:
+    """An input that follows on the data transport."""
+
+    name: str
+    spec: Any
+
+
+@dataclass(frozen=True)
+class KeptInput:
+    """An input that has not changed since it was last sent in this run and channel."""
+
+    name: str
+
+
+InputItem = InlineInput | TransferredInput | KeptInput
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What replaces the call's own timestep and scale of the latents for another `condition_step`."""
+
+    timestep: Any
+    latents_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class RoundMessage:
+    """Run this rank's operations of one round.
+
+    `key`: the input structure. `history_depth`: how many versions of a foreign value later rounds may read.
+    `conditions`: by condition step, where it differs from the call's own. `ended_runs`: runs whose states may be
+    forgotten.
+    """
+
+    session: int
+    run: int
+    channel: Hashable
+    key: int
+    first_step: int
+    ops: tuple[Op, ...]
+    inputs: tuple[InputItem, ...]
+    floats: dict[str, float]
+    history_depth: int
+    conditions: dict[int, Condition] = field(default_factory=dict)
+    timestep_name: str | None = None
+    latents_name: str | None = None
+    ended_runs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AbortRun:
+    """Compute nothing more for this run; fill what its rounds still owe other ranks, so that nobody waits."""
+
+    session: int
+    run: int
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Report what was recorded of a run, and how much memory is held."""
+
+    session: int
+    run: int | None
+
+
+@dataclass(frozen=True)
+class CloseSession:
+    """Give up the stage and leave the transport."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Worker -> driver: the last request of this session is done; `payload` is its answer."""
+
+    session: int
+    payload: Any = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Worker -> driver: an operation raised. In a round of `run` the worker then waits for `AbortRun`."""
+
+    session: int
+    message: str
+    details: str
+    operation: str
+    stage: int | None = None
+    step: int | None = None
+    run: int | None = None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one worker did in one round. Times in seconds of its own `time.perf_counter()`.
+
+    `spans`: (name, category, start, end), category "compute", "wait" or "send".
+    """
+
+    run: int
+    channel: Hashable
+    first_step: int
+    compute_s: float
+    wait_s: float
+    bytes_sent: int
+    spans: tuple[tuple[str, str, float, float], ...]
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """Answer to `Collect`. `weight_bytes`: what the stage's tensors hold; `resident_bytes`: the process's RSS."""
+
+    rounds: tuple[RoundRecord, ...]
+    weight_bytes: int
+    resident_bytes: int
+    cpu_s: float

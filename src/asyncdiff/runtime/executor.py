@@ -1,0 +1,103 @@
+"""What the driver asks of whoever runs the stages: in this process, or in workers."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from asyncdiff.graph.wiring import Wiring
+from asyncdiff.protocol.messages import Condition, WorkerReport
+from asyncdiff.runtime.interpreter import RoundTask
+from asyncdiff.schedule import Round
+from asyncdiff.stage import StageSpec
+from asyncdiff.weights import Skeleton
+
+
+@dataclass(frozen=True)
+class RoundCall:
+    """One round for all ranks, with every tensor input of the call that starts it."""
+
+    run: int
+    channel: Hashable
+    key: int
+    round: Round
+    tensors: Mapping[str, torch.Tensor]
+    floats: Mapping[str, float]
+    history_depth: int
+    conditions: Mapping[int, Condition] = field(default_factory=dict)
+    timestep_name: str | None = None
+    latents_name: str | None = None
+    ended_runs: tuple[int, ...] = ()
+
+    def task(self, rank: int) -> RoundTask:
+        """The part of one rank that is in this process."""
+        return RoundTask(
+            run=self.run,
+            channel=self.channel,
+            key=self.key,
+            first_step=self.round.first_step,
+            ops=self.round.ops[rank],
+            tensors=self.tensors,
+            floats=self.floats,
+            history_depth=self.history_depth,
+            conditions=self.conditions,
+            timestep_name=self.timestep_name,
+            latents_name=self.latents_name,
+        )
+
+
+class Executor(Protocol):
+    """Holds the stages and runs rounds."""
+
+    def install(
+        self,
+        module: nn.Module,
+        skeleton: Skeleton,
+        rank_stages: tuple[int, ...],
+        held: Mapping[int, Collection[str]],
+    ) -> None:
+        """Build the stages from the live module. Rank r runs stage `rank_stages[r]`; `held`: stage -> names of
+        the tensors it must hold."""
+
+    def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
+        """Install the stubs for an input structure. `specs`: stage -> its spec."""
+
+    def run_round(self, call: RoundCall) -> None:
+        """Start a round; returns when this process's own part is done."""
+
+    def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
+        """The tensor leaves of a prediction of a started round, waited for."""
+
+    def reports(self, run: int | None) -> list[WorkerReport]:
+        """Per rank, what was recorded of a run and the memory held now."""
+
+    def restore(self, module: nn.Module) -> list[str]:
+        """Give the weights back to the live module; the names of those that are lost."""
+
+    def close(self) -> None:
+        """Stop the workers. Safe to call twice."""
+
+
+def process_report(interpreter_records: tuple, weight_bytes: int) -> WorkerReport:
+    """A report of this process."""
+    return WorkerReport(
+        rounds=interpreter_records,
+        weight_bytes=weight_bytes,
+        resident_bytes=resident_bytes_of_process(),
+        cpu_s=time.process_time(),
+    )
+
+
+def resident_bytes_of_process() -> int:
+    """Resident set size of this process in bytes, now; the peak where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

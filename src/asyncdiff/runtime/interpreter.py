@@ -1,0 +1,307 @@
+"""Interprets one rank's operations of a round: receives, forwards of its stage, sends.
+
+The same code runs in the local executor, in the driver (rank 0) and in the workers; only the `Link` differs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from asyncdiff.graph import Atom, TensorSpec
+from asyncdiff.graph.wiring import Wiring
+from asyncdiff.protocol.messages import Condition, RoundRecord
+from asyncdiff.runtime.link import Link, Parcel, Pending, Stream
+from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Value
+from asyncdiff.stage import StageReplica
+from asyncdiff.weights.ownership import empty_tensor
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """One rank's part of a round, with the denoiser inputs of the round's first step.
+
+    `tensors`: the inputs this rank's stage reads. `conditions`: by condition step, what replaces the call's own
+    timestep and scale of the latents. `history_depth`: how many versions of a foreign value later rounds may read.
+    """
+
+    run: int
+    channel: Hashable
+    key: int
+    first_step: int
+    ops: tuple[Op, ...]
+    tensors: Mapping[str, torch.Tensor]
+    floats: Mapping[str, float]
+    history_depth: int = 2
+    conditions: Mapping[int, Condition] = field(default_factory=dict)
+    timestep_name: str | None = None
+    latents_name: str | None = None
+
+
+class StageInterpreter:
+    """One rank: a stage replica and the states it has received from others.
+
+    `rank_stages[r]` is the stage of rank r.
+    """
+
+    def __init__(
+        self, rank: int, rank_stages: tuple[int, ...], replica: StageReplica, link: Link, device: torch.device
+    ) -> None:
+        self.rank = rank
+        self.stage = rank_stages[rank]
+        self._device = device
+        self._rank_stages = rank_stages
+        self._replica = replica
+        self._link = link
+        self._wirings: dict[int, Wiring] = {}
+        self._states: dict[tuple[int, Hashable], States] = {}
+        self._predictions: dict[tuple[int, Hashable, int], list[Pending]] = {}
+        self._debts: dict[tuple[int, Parcel], TensorSpec] = {}
+        self._records: list[RoundRecord] = []
+        self.where: tuple[int | None, str] = (None, "")
+
+    def relink(self, link: Link) -> None:
+        """Use another transport from now on."""
+        self._link = link
+
+    def wire(self, key: int, wiring: Wiring) -> None:
+        """What crosses for an input structure; the replica must have been prepared for it."""
+        self._wirings[key] = wiring
+
+    def run_round(self, task: RoundTask) -> None:
+        """Carry out the rank's operations. After an exception `settle` must be called before the next round."""
+        clock = _Clock()
+        wiring = self._wirings[task.key]
+        states = self._post(task, wiring)
+        for computes in _forwards(task.ops):
+            self._forward(task, wiring, states, computes, clock)
+        states.forget_before(task.history_depth)
+        self._records.append(clock.record(task))
+
+    def skip_round(self, task: RoundTask) -> None:
+        """Take part in the round's transfers without computing anything: the run has been aborted."""
+        self._post(task, self._wirings[task.key])
+        self.settle()
+
+    def settle(self) -> None:
+        """Send fillers for whatever the last round still owes its peers, so that every transfer has its match."""
+        for (rank, parcel), spec in self._debts.items():
+            self._link.send(rank, parcel, empty_tensor(spec, self._device).zero_(), spec)
+        self._debts = {}
+
+    def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
+        """The tensor leaves of a prediction, waited for; each prediction is handed out once."""
+        return [leaf.wait() for leaf in self._predictions.pop((run, channel, step))]
+
+    def end_runs(self, runs: tuple[int, ...]) -> None:
+        """Forget the states and predictions of these runs."""
+        for table in (self._states, self._predictions):
+            for key in [key for key in table if key[0] in runs]:
+                del table[key]  # type: ignore[attr-defined]
+
+    def take_records(self, run: int | None) -> tuple[RoundRecord, ...]:
+        """What was recorded of a run (None: of all of them); records of older runs are dropped."""
+        taken = tuple(record for record in self._records if run is None or record.run == run)
+        self._records = [record for record in self._records if run is not None and record.run > run]
+        return taken
+
+    # -- transfers ---------------------------------------------------------------------------------------------
+
+    def _post(self, task: RoundTask, wiring: Wiring) -> States:
+        """Note what the round owes and ask for all it receives, before anything is computed."""
+        states = self._states.setdefault((task.run, task.channel), States())
+        self._debts = dict(self._owed(task, wiring))
+        for op in task.ops:
+            if isinstance(op, Recv):
+                states.expect(op.value, self._receive_state(task, wiring, op))
+            elif isinstance(op, Predict) and op.from_rank != self.rank:
+                self._predictions[task.run, task.channel, op.step] = self._receive_prediction(task, wiring, op)
+        return states
+
+    def _owed(self, task: RoundTask, wiring: Wiring) -> Iterator[tuple[tuple[int, Parcel], TensorSpec]]:
+        """Every tensor this rank has to send in the round, in order."""
+        for op in task.ops:
+            if isinstance(op, Send):
+                for atom, spec in wiring.crossing[op.value.segment, self._rank_stages[op.to_rank]]:
+                    yield (op.to_rank, _state_parcel(task, op.value, atom, op.to_rank)), spec
+            elif isinstance(op, SendPrediction):
+                for leaf, spec in enumerate(wiring.outputs):
+                    yield (0, _prediction_parcel(task, op.step, leaf)), spec
+
+    def _pay(self, rank: int, parcel: Parcel, tensor: torch.Tensor, clock: _Clock) -> None:
+        spec = self._debts[rank, parcel]
+        with clock.measure(f"send to {rank}", "send"):
+            self._link.send(rank, parcel, tensor, spec)
+        clock.bytes_sent += spec.num_bytes
+        del self._debts[rank, parcel]
+
+    def _receive_state(self, task: RoundTask, wiring: Wiring, op: Recv) -> dict[Atom, Pending]:
+        return {
+            atom: self._link.receive(op.from_rank, _state_parcel(task, op.value, atom, self.rank), spec)
+            for atom, spec in wiring.crossing[op.value.segment, self.stage]
+        }
+
+    def _receive_prediction(self, task: RoundTask, wiring: Wiring, op: Predict) -> list[Pending]:
+        return [
+            self._link.receive(op.from_rank, _prediction_parcel(task, op.step, leaf), spec)
+            for leaf, spec in enumerate(wiring.outputs)
+        ]
+
+    # -- one forward of the stage ------------------------------------------------------------------------------
+
+    def _forward(
+        self, task: RoundTask, wiring: Wiring, states: States, computes: dict[int, Compute], clock: _Clock
+    ) -> None:
+        first = next(iter(computes.values()))
+        self.where = (first.step, f"forward of stage {self.stage}")
+        recipients: dict[Value, list[int]] = {}
+        for op in task.ops:
+            if isinstance(op, Send):
+                recipients.setdefault(op.value, []).append(op.to_rank)
+        specs = {
+            pair: dict(atoms)
+            for pair, atoms in wiring.crossing.items()
+            if pair[0] in computes
+        }
+
+        def read(segment: int, atom: Atom) -> torch.Tensor:
+            how = next(r for r in computes[segment].reads if r.segment == wiring.segment_of[atom.block])
+            with clock.measure(f"wait for {how.newest}", "wait"):
+                return states.read(how, atom)
+
+        def emit(atom: Atom, tensor: torch.Tensor) -> None:
+            compute = computes.get(wiring.segment_of[atom.block])
+            for rank in recipients.get(compute.value, ()) if compute else ():
+                if atom in specs[compute.segment, self._rank_stages[rank]]:
+                    self._pay(rank, _state_parcel(task, compute.value, atom, rank), tensor, clock)
+
+        with clock.measure(f"stage {self.stage} step {first.step}", "compute"):
+            output = self._replica.run(task.key, *_conditioned(task, first), read, emit)
+        self._deliver(task, first.step, output, clock)
+
+    def _deliver(self, task: RoundTask, step: int, output: list[torch.Tensor] | None, clock: _Clock) -> None:
+        for op in task.ops:
+            if isinstance(op, SendPrediction) and op.step == step:
+                for leaf, tensor in enumerate(_computed(output)):
+                    self._pay(0, _prediction_parcel(task, step, leaf), tensor, clock)
+            elif isinstance(op, Predict) and op.step == step and op.from_rank == self.rank:
+                self._predictions[task.run, task.channel, step] = [_Ready(leaf) for leaf in _computed(output)]
+
+
+class States:
+    """The versions of foreign values that have arrived or been asked for, of one run and channel."""
+
+    def __init__(self) -> None:
+        self._pending: dict[Value, dict[Atom, Pending]] = {}
+
+    def expect(self, value: Value, leaves: dict[Atom, Pending]) -> None:
+        """Note a value that is on its way."""
+        self._pending[value] = leaves
+
+    def read(self, how: Read, atom: Atom) -> torch.Tensor:
+        """The leaf as the read says: one version, or the line through two.
+
+        `lerp(newest, older, -r)` is newest + r (newest - older) in one kernel with float32 arithmetic inside.
+        """
+        newest = self._pending[how.newest][atom].wait()
+        if len(how.terms) == 1 or not newest.is_floating_point():
+            return newest
+        older = self._pending[how.terms[1].value][atom].wait()
+        return torch.lerp(newest, older, how.terms[1].weight)
+
+    def forget_before(self, depth: int) -> None:
+        """Keep the newest `depth` versions per segment."""
+        by_segment: dict[int, list[int]] = {}
+        for value in self._pending:
+            by_segment.setdefault(value.segment, []).append(value.step)
+        for segment, steps in by_segment.items():
+            for step in sorted(steps)[:-depth]:
+                del self._pending[Value(segment, step)]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    tensor: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
+
+
+class _Clock:
+    """Where the time of one round goes. Waits and sends inside a forward do not count as compute."""
+
+    def __init__(self) -> None:
+        self.bytes_sent = 0
+        self._spans: list[tuple[str, str, float, float]] = []
+
+    def measure(self, name: str, category: str) -> _Measured:
+        return _Measured(self._spans, name, category)
+
+    def record(self, task: RoundTask) -> RoundRecord:
+        seconds = dict.fromkeys(("compute", "wait", "send"), 0.0)
+        for _, category, start, end in self._spans:
+            seconds[category] += end - start
+        return RoundRecord(
+            run=task.run,
+            channel=task.channel,
+            first_step=task.first_step,
+            compute_s=seconds["compute"] - seconds["wait"] - seconds["send"],
+            wait_s=seconds["wait"],
+            bytes_sent=self.bytes_sent,
+            spans=tuple(self._spans),
+        )
+
+
+class _Measured:
+    """A span of one round."""
+
+    def __init__(self, spans: list[tuple[str, str, float, float]], name: str, category: str) -> None:
+        self._spans, self._name, self._category = spans, name, category
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self._spans.append((self._name, self._category, self._start, time.perf_counter()))
+
+
+def _forwards(ops: tuple[Op, ...]) -> Iterator[dict[int, Compute]]:
+    """Computes of one step are one forward: by segment."""
+    by_step: dict[int, dict[int, Compute]] = {}
+    for op in ops:
+        if isinstance(op, Compute):
+            by_step.setdefault(op.step, {})[op.segment] = op
+    yield from by_step.values()
+
+
+def _conditioned(task: RoundTask, compute: Compute) -> tuple[Mapping[str, torch.Tensor], Mapping[str, float]]:
+    """The task's inputs with the timestep and the scale of the latents that condition this evaluation."""
+    condition = task.conditions.get(compute.condition_step)
+    if condition is None:
+        return task.tensors, task.floats
+    tensors, floats = dict(task.tensors), dict(task.floats)
+    if task.timestep_name in tensors:
+        tensors[task.timestep_name] = condition.timestep
+    elif task.timestep_name in floats:
+        floats[task.timestep_name] = condition.timestep
+    if condition.latents_scale != 1.0 and task.latents_name in tensors:
+        tensors[task.latents_name] = tensors[task.latents_name] * condition.latents_scale
+    return tensors, floats
+
+
+def _computed(output: list[torch.Tensor] | None) -> list[torch.Tensor]:
+    assert output is not None, "the stage that predicts returned no output"
+    return output
+
+
+def _state_parcel(task: RoundTask, value: Value, atom: Atom, to_rank: int) -> Parcel:
+    return Parcel(Stream.STATE, (task.run, task.channel, value, atom, to_rank))
+
+
+def _prediction_parcel(task: RoundTask, step: int, leaf: int) -> Parcel:
+    return Parcel(Stream.PREDICTION, (task.run, task.channel, step, leaf))
+
+

@@ -1,0 +1,97 @@
+"""The vocabulary of a schedule: values, reads and the operations of one worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+
+class Value(NamedTuple):
+    """What one segment produced when it ran for `step`; assigned once.
+
+    In a round of stride S the states of the segments that run once are labelled with the round's first step
+    b, and so are those of the outer segments of a nested split that the inner stages read. The channel
+    (which of several denoiser calls of a step) is not part of it: every channel has its own values.
+    """
+
+    segment: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"H{self.segment}({self.step})"
+
+
+class Term(NamedTuple):
+    """One version and its weight in a read."""
+
+    value: Value
+    weight: float
+
+
+@dataclass(frozen=True)
+class Read:
+    """How a segment reads what segment `segment` produced: a weighted sum of versions.
+
+    `((Value(k, s), 1.0),)` reads one version as it is; `((a, 1 + r), (b, -r))` is the linear forecast of
+    METHOD.md section 5, newest first. Only floating-point leaves are forecast; others take the newest
+    version.
+    """
+
+    segment: int
+    terms: tuple[Term, ...]
+
+    @property
+    def newest(self) -> Value:
+        return self.terms[0].value
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Run a segment.
+
+    `step`: the step it runs for (a copy of the replicated stage: the step it predicts). `value`: what it
+    produces. `input_step`: the step whose denoiser inputs (latents, conditions) it reads. `condition_step`:
+    the step whose timestep conditions it (time shift included). `reads`: one per foreign segment it reads
+    from. Computes of one worker with the same `step` are one forward of its stage.
+    """
+
+    segment: int
+    step: int
+    value: Value
+    input_step: int
+    condition_step: int
+    reads: tuple[Read, ...] = ()
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send a value's crossing leaves to another worker, as soon as each exists."""
+
+    value: Value
+    to_rank: int
+
+
+@dataclass(frozen=True)
+class Recv:
+    """Receive a value's crossing leaves from another worker, before the first read of it."""
+
+    value: Value
+    from_rank: int
+
+
+@dataclass(frozen=True)
+class SendPrediction:
+    """Send the prediction for `step` to the driver (rank 0)."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Predict:
+    """The driver hands the prediction for `step` to the pipeline; `from_rank` computed it (0: itself)."""
+
+    step: int
+    from_rank: int
+
+
+Op: TypeAlias = Compute | Send | Recv | SendPrediction | Predict

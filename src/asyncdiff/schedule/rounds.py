@@ -1,0 +1,89 @@
+"""A schedule: rounds of operations, one list per worker, and who runs which stage."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from asyncdiff.schedule.ops import Compute, Op
+
+
+@dataclass(frozen=True)
+class Round:
+    """One exchange: what every worker does for the steps that share it.
+
+    `steps` are predicted in it, starting with `first_step`. `in_order`: a warm-up round of one step, whose
+    stages run one after the other on fresh values. `ops[rank]` are that worker's operations in execution
+    order.
+    """
+
+    first_step: int
+    steps: tuple[int, ...]
+    in_order: bool
+    ops: tuple[tuple[Op, ...], ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who computes, sends and reads which value when, for steps `first_step` to `num_steps - 1` of a run.
+
+    Built by `build_schedule` from settings of the same names. Segments are numbered in execution order;
+    `segment_stage[i]` is the stage that runs segment i (a chain: i; a nested split: stage 0 runs the first
+    and the last).
+    """
+
+    kind: str
+    num_stages: int
+    stride: int
+    warmup_steps: int
+    num_steps: int
+    first_step: int
+    time_shift: bool
+    forecast: str
+    segment_stage: tuple[int, ...]
+    rounds: tuple[Round, ...]
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_stages + self.stride - 1
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.segment_stage)
+
+    @property
+    def replicated_stage(self) -> int:
+        """The stage that predicts, and therefore runs on `stride` workers."""
+        return self.segment_stage[-1]
+
+    def stage_of_rank(self, rank: int) -> int:
+        """Ranks below `num_stages` run the stage of their number, the others copies of the replicated one."""
+        return rank if rank < self.num_stages else self.replicated_stage
+
+    def copy_of_rank(self, rank: int) -> int:
+        """Which copy of its stage a rank runs; 0 but for the further copies of the replicated stage."""
+        return max(0, rank - self.num_stages + 1)
+
+    def rank_of(self, stage: int, copy: int = 0) -> int:
+        """The rank that runs copy `copy` of a stage."""
+        return stage if copy == 0 else self.num_stages - 1 + copy
+
+    def round_of(self, step: int) -> Round:
+        """The round that predicts `step`; IndexError outside the schedule."""
+        if not self.first_step <= step < self.num_steps:
+            raise IndexError(f"step {step} is not among {self.first_step} to {self.num_steps - 1}")
+        return self.rounds[bisect_right(self._round_starts, step) - 1]
+
+    def computes(self) -> Iterator[tuple[Round, int, Compute]]:
+        """Every computation with its round and rank, round by round and rank by rank."""
+        for round_ in self.rounds:
+            for rank, ops in enumerate(round_.ops):
+                for op in ops:
+                    if isinstance(op, Compute):
+                        yield round_, rank, op
+
+    @cached_property
+    def _round_starts(self) -> list[int]:
+        return [round_.first_step for round_ in self.rounds]

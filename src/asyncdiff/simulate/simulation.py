@@ -1,0 +1,155 @@
+"""How long a schedule takes: the third interpreter of its operations, with seconds in place of tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.schedule.ops import Compute, Op, Predict, Recv, Send, SendPrediction, Value
+from asyncdiff.schedule.rounds import Schedule
+from asyncdiff.simulate.machine import Machine
+from asyncdiff.simulate.timeline import COMPUTE, DRIVER, TRANSFER, WAIT, Span, Timeline
+
+
+def simulate(
+    schedule: Schedule,
+    machine: Machine,
+    *,
+    segment_seconds: Sequence[float],
+    transfer_bytes: Mapping[tuple[int, int], float],
+    prediction_bytes: float = 0.0,
+    driver_seconds: float = 0.0,
+) -> Timeline:
+    """The timeline of one run of a valid schedule on a machine.
+
+    `segment_seconds`: one per segment, on a device of speed 1. `transfer_bytes`: (producing segment, reading
+    segment) -> bytes, as `crossing_bytes` gives them; pairs that are missing send nothing but a message of no
+    bytes. `driver_seconds`: the pipeline's own work after each prediction.
+
+    A worker starts a round when the driver dispatches it, one latency after the driver has finished the step
+    before (the latents' own bytes are left out). Computations run in the order of the schedule, each as soon
+    as what it reads has arrived; transfers begin when the value is complete, overlap with everything but
+    other transfers from the same rank to the same rank, and receives only hold up the computation that needs
+    them. Raises `ConfigurationError` where the machine's devices or the seconds do not match the schedule.
+    """
+    if len(machine.device_speeds) != schedule.num_workers:
+        raise ConfigurationError(
+            f"The schedule has {schedule.num_workers} workers, but the machine {len(machine.device_speeds)}."
+        )
+    if len(segment_seconds) != schedule.num_segments:
+        raise ConfigurationError(
+            f"The schedule has {schedule.num_segments} segments, but seconds for {len(segment_seconds)}."
+        )
+    run = _Run(schedule, machine, tuple(segment_seconds), transfer_bytes, prediction_bytes, driver_seconds)
+    return run.finish()
+
+
+class _Run:
+    """The clocks of workers and links while a schedule is played through."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        machine: Machine,
+        segment_seconds: tuple[float, ...],
+        transfer_bytes: Mapping[tuple[int, int], float],
+        prediction_bytes: float,
+        driver_seconds: float,
+    ) -> None:
+        self.schedule = schedule
+        self.machine = machine
+        self.segment_seconds = segment_seconds
+        self.transfer_bytes = transfer_bytes
+        self.prediction_bytes = prediction_bytes
+        self.driver_seconds = driver_seconds
+        self.readers = _reading_segments(schedule)
+        self.clock = [0.0] * schedule.num_workers
+        self.dispatched_s = 0.0
+        self.link_free_s: dict[tuple[int, int], float] = {}
+        self.available_s: dict[tuple[Value, int], float] = {}  # when a rank has a value
+        self.prediction_s: dict[int, float] = {}  # when the driver has the prediction for a step
+        self.spans: list[Span] = []
+        self.step_seconds: list[float] = []
+        self.step_ended_s = 0.0
+
+    def finish(self) -> Timeline:
+        for round_ in self.schedule.rounds:
+            self._play_round([deque(ops) for ops in round_.ops])
+            self.dispatched_s = self.clock[0]
+        spans = tuple(sorted(self.spans, key=lambda span: (span.start_s, span.rank)))
+        return Timeline(spans, max(self.clock), tuple(self.step_seconds))
+
+    def _play_round(self, todo: list[deque[Op]]) -> None:
+        """Every worker as far as it gets, until all are done: nothing waits for a later round."""
+        while any(todo):
+            for rank, ops in enumerate(todo):
+                while ops and self._play(rank, ops[0]):
+                    ops.popleft()
+
+    def _play(self, rank: int, op: Op) -> bool:
+        """Execute one operation; False while it is not known when its inputs arrive."""
+        if isinstance(op, Compute):
+            return self._compute(rank, op)
+        if isinstance(op, Send):
+            reads = self.readers.get((op.value.segment, op.to_rank), ())
+            num_bytes = sum(self.transfer_bytes.get((op.value.segment, reader), 0.0) for reader in reads)
+            self.available_s[op.value, op.to_rank] = self._transfer(
+                rank, op.to_rank, num_bytes, str(op.value)
+            )
+        if isinstance(op, SendPrediction):
+            name = f"prediction {op.step}"
+            self.prediction_s[op.step] = self._transfer(rank, 0, self.prediction_bytes, name)
+        if isinstance(op, Predict):
+            return self._predict(op)
+        assert isinstance(op, Send | SendPrediction | Recv)
+        return True
+
+    def _compute(self, rank: int, op: Compute) -> bool:
+        foreign = [term.value for read in op.reads for term in read.terms]
+        if any((value, rank) not in self.available_s for value in foreign):
+            return False
+        dispatched_s = self.dispatched_s + (self.machine.latency_s if rank else 0.0)
+        arrived_s = max((self.available_s[value, rank] for value in foreign), default=0.0)
+        start_s = self._wait_until(rank, max(dispatched_s, arrived_s), str(op.value))
+        seconds = self.segment_seconds[op.segment] / self.machine.device_speeds[rank]
+        self._occupy(rank, f"C{op.segment} step {op.step}", start_s + seconds, COMPUTE)
+        if op.segment == self.schedule.num_segments - 1 and rank == 0:
+            self.prediction_s[op.step] = self.clock[0]
+        return True
+
+    def _predict(self, op: Predict) -> bool:
+        if op.step not in self.prediction_s:
+            return False
+        self._wait_until(0, self.prediction_s[op.step], f"prediction {op.step}")
+        self._occupy(0, f"driver step {op.step}", self.clock[0] + self.driver_seconds, DRIVER)
+        self.step_seconds.append(self.clock[0] - self.step_ended_s)
+        self.step_ended_s = self.clock[0]
+        return True
+
+    def _transfer(self, rank: int, to_rank: int, num_bytes: float, name: str) -> float:
+        """When a message sent now has arrived."""
+        start_s = max(self.clock[rank], self.link_free_s.get((rank, to_rank), 0.0))
+        end_s = start_s + self.machine.transfer_s(num_bytes)
+        self.link_free_s[rank, to_rank] = end_s
+        self.spans.append(Span(rank, f"{name} to {to_rank}", start_s, end_s, TRANSFER))
+        return end_s
+
+    def _wait_until(self, rank: int, ready_s: float, name: str) -> float:
+        if ready_s > self.clock[rank]:
+            self._occupy(rank, f"wait for {name}", ready_s, WAIT)
+        return self.clock[rank]
+
+    def _occupy(self, rank: int, name: str, end_s: float, category: str) -> None:
+        if end_s > self.clock[rank] or category == COMPUTE:
+            self.spans.append(Span(rank, name, self.clock[rank], end_s, category))
+        self.clock[rank] = end_s
+
+
+def _reading_segments(schedule: Schedule) -> dict[tuple[int, int], tuple[int, ...]]:
+    """(producing segment, rank) -> the segments that read it there."""
+    found: dict[tuple[int, int], set[int]] = {}
+    for _, rank, op in schedule.computes():
+        for read in op.reads:
+            found.setdefault((read.segment, rank), set()).add(op.segment)
+    return {key: tuple(sorted(segments)) for key, segments in found.items()}

@@ -1,0 +1,10 @@
+"""Running one stage: a copy of the denoiser whose foreign blocks are stubs.
+
+`stage_spec` says what a stage does (pure, small, picklable); `StageReplica` does it.
+"""
+
+from asyncdiff.stage.planning import stage_spec
+from asyncdiff.stage.replica import StageReplica
+from asyncdiff.stage.spec import OutputSpec, StageSpec
+
+__all__ = ["OutputSpec", "StageReplica", "StageSpec", "stage_spec"]

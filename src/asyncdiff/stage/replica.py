@@ -1,0 +1,237 @@
+"""A copy of the denoiser that runs one stage: its own forward, with stubs in the place of foreign blocks."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncdiff.graph import Atom, TensorSpec
+from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Own, Received, Run, StageSpec, Stub
+from asyncdiff.trace.tensors import MakePlaceholder, zero_placeholder
+from asyncdiff.trace.torch_private import tree_flatten, tree_unflatten
+
+ReadLeaf = Callable[[int, Atom], torch.Tensor]
+EmitLeaf = Callable[[Atom, torch.Tensor], None]
+
+
+class StageReplica:
+    """Takes ownership of a copy of the denoiser that holds one stage's weights (foreign ones may be on meta).
+
+    Nothing happens until `prepare`; `remove` takes every stub out again. `device` is where placeholders and
+    placeholder inputs are made. `forward` is the denoiser's own forward where `module.forward` has been replaced.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device | str = "cpu",
+        forward: Callable[..., Any] | None = None,
+        placeholder: MakePlaceholder = zero_placeholder,
+    ) -> None:
+        self.module = module
+        self.device = torch.device(device)
+        self._forward = forward or module.forward
+        self._specs: dict[Hashable, StageSpec] = {}
+        self._stubs: dict[str, StubForward] = {}
+        self._pass = _Pass(_PlaceholderPool(self.device, placeholder))
+
+    def prepare(self, key: Hashable, spec: StageSpec) -> None:
+        """Installs the stubs for an input structure (or replaces those of `key`). Several keys live side by side."""
+        self.discard(key)
+        self._specs[key] = spec
+        for path, actions in spec.actions:
+            if path not in self._stubs:
+                self._stubs[path] = _install(self.module.get_submodule(path), path, self._pass)
+            self._stubs[path].actions[key] = actions
+
+    def discard(self, key: Hashable) -> None:
+        """Forgets one input structure; nothing happens if it is not there."""
+        self._specs.pop(key, None)
+        for stub in self._stubs.values():
+            stub.actions.pop(key, None)
+
+    def spec(self, key: Hashable) -> StageSpec:
+        """The spec prepared under `key`; KeyError if there is none."""
+        return self._specs[key]
+
+    def run(
+        self,
+        key: Hashable,
+        tensors: Mapping[str, torch.Tensor],
+        floats: Mapping[str, float],
+        read: ReadLeaf,
+        emit: EmitLeaf,
+    ) -> list[torch.Tensor] | None:
+        """One forward of this stage.
+
+        `tensors` and `floats` are the denoiser inputs it needs, by name. `read(segment, atom)` gives a foreign leaf
+        to own segment `segment`, once per atom; `emit(atom, tensor)` takes an own leaf the moment its block has
+        returned. Returns the tensor leaves of the output, or None for a stage that ends before it.
+        """
+        spec = self._specs[key]
+        kwargs = spec.inputs.rebuild(tensors, floats, self.device, self._pass.placeholders)
+        self._pass.begin(key, read, emit)
+        try:
+            with torch.no_grad():
+                out = self._forward(**kwargs)
+        except _StageDone:
+            return None
+        finally:
+            self._pass.end()
+        return [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]
+
+    def remove(self) -> None:
+        """The module as it was: every forward restored, placeholders freed."""
+        for path, stub in self._stubs.items():
+            _uninstall(self.module.get_submodule(path), stub)
+        self._stubs.clear()
+        self._specs.clear()
+        self._pass.placeholders.clear()
+
+
+class _StageDone(BaseException):
+    """Ends the forward after the stage's last block. No `Exception`, so that no model catches it by accident."""
+
+
+class _PlaceholderPool:
+    """One buffer per (shape, stride, dtype, device), shared by all stubs: nothing reads what is in it."""
+
+    def __init__(self, device: torch.device, make: MakePlaceholder) -> None:
+        self.device = device
+        self._make = make
+        self._buffers: dict[tuple[TensorSpec, torch.device], torch.Tensor] = {}
+
+    def __call__(self, spec: TensorSpec, device: torch.device | None = None) -> torch.Tensor:
+        where = (spec, device or self.device)
+        if where not in self._buffers:
+            self._buffers[where] = self._make(*where)
+        return self._buffers[where]
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
+
+@dataclass
+class _Pass:
+    """The forward that is running: which input structure, how often each module was called, what was received."""
+
+    placeholders: _PlaceholderPool
+    key: Hashable = None
+    is_running: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+    received: dict[Atom, torch.Tensor] = field(default_factory=dict)
+    read: ReadLeaf | None = None
+    emit: EmitLeaf | None = None
+
+    def begin(self, key: Hashable, read: ReadLeaf, emit: EmitLeaf) -> None:
+        assert not self.is_running, "one forward at a time per replica"
+        self.key, self.read, self.emit, self.is_running = key, read, emit, True
+
+    def end(self) -> None:
+        self.is_running, self.read, self.emit = False, None, None
+        self.counts.clear()
+        self.received.clear()
+
+    def leaf(self, fill: Received) -> torch.Tensor:
+        """A foreign leaf: read once per forward, and one object wherever it is replayed, or in-place glue on the one
+        would not be seen in the other."""
+        if fill.atom not in self.received:
+            assert self.read is not None
+            tensor = self.read(fill.segment, fill.atom)
+            self.received[fill.atom] = tensor.clone() if fill.clone else tensor
+        return self.received[fill.atom]
+
+
+class StubForward:
+    """The instance-level `forward` of a module that has something else to do than its own on this stage.
+
+    `previous` is the instance-level forward it replaced (a hook's), None if the class's own. It holds no bound
+    method, so it pickles and copies with its module.
+    """
+
+    def __init__(self, module: nn.Module, path: str, running: _Pass) -> None:
+        self.module = module
+        self.path = path
+        self.running = running
+        self.previous: Callable[..., Any] | None = vars(module).get("forward")
+        self.actions: dict[Hashable, tuple[Action, ...]] = {}
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._inner)
+
+    @property
+    def _inner(self) -> Callable[..., Any]:
+        if self.previous is not None:
+            return self.previous
+        return type(self.module).forward.__get__(self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        action = self._next_action()
+        if isinstance(action, Run):
+            return self._inner(*args, **kwargs)
+        if isinstance(action, Stub):
+            return self._replay(action, args, kwargs)
+        out = self._inner(*args, **kwargs)
+        if action.captures:
+            self._capture(action.captures, out)
+        if action.is_last:
+            raise _StageDone
+        return out
+
+    def _next_action(self) -> Action:
+        actions = self.actions.get(self.running.key) if self.running.is_running else None
+        if actions is None:
+            return Run()
+        number = self.running.counts[self.path]
+        self.running.counts[self.path] += 1
+        if number >= len(actions):
+            raise RuntimeError(
+                f"Module {self.path!r} was called {number + 1} times where the trace saw {len(actions)} calls: the "
+                "denoiser's forward took another way than when it was traced."
+            )
+        return actions[number]
+
+    def _replay(self, stub: Stub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        passed: list[Any] = []
+        leaves: list[Any] = []
+        for fill in stub.leaves:
+            if isinstance(fill, Received):
+                leaves.append(self.running.leaf(fill))
+            elif isinstance(fill, Argument):
+                passed = passed or tree_flatten((args, kwargs))[0]
+                leaves.append(passed[fill.index])
+            elif isinstance(fill, Constant):
+                leaves.append(fill.value)
+            else:
+                leaves.append(self.running.placeholders(fill.spec))
+        return tree_unflatten(leaves, stub.structure)
+
+    def _capture(self, captures: tuple[Capture, ...], out: Any) -> None:
+        leaves = tree_flatten(out)[0]
+        assert self.running.emit is not None
+        for capture in captures:
+            tensor = leaves[capture.leaf]
+            self.running.emit(capture.atom, tensor.clone() if capture.clone else tensor)
+
+
+def _install(module: nn.Module, path: str, running: _Pass) -> StubForward:
+    stub = StubForward(module, path, running)
+    vars(module)["forward"] = stub
+    return stub
+
+
+def _uninstall(module: nn.Module, stub: StubForward) -> None:
+    if vars(module).get("forward") is not stub:
+        return  # somebody replaced it after us: theirs to keep
+    if stub.previous is None:
+        del vars(module)["forward"]
+    else:
+        vars(module)["forward"] = stub.previous

@@ -1,0 +1,31 @@
+"""From tensors to their specs and back to tensors that only look like them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from asyncdiff.graph import TensorSpec
+
+MakePlaceholder = Callable[[TensorSpec, torch.device], torch.Tensor]
+
+
+def tensor_spec(tensor: torch.Tensor) -> TensorSpec:
+    """Shape, stride and dtype of `tensor`."""
+    return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype).removeprefix("torch."))
+
+
+def dtype_of(spec: TensorSpec) -> torch.dtype:
+    return getattr(torch, spec.dtype)
+
+
+def zero_placeholder(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """A tensor with the recorded shape, strides and dtype, all zeros.
+
+    Real strides: an expanded scalar fails on `.view`. Zeros: glue may index with an integer placeholder.
+    """
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True))
+    if 0 in spec.shape:
+        extent = 0
+    return torch.zeros(extent, dtype=dtype_of(spec), device=device).as_strided(spec.shape, spec.stride)

@@ -1,0 +1,123 @@
+"""A module without its weights, as bytes: what a stage worker needs to rebuild the denoiser.
+
+The live module is pickled with a persistent id in place of every registered parameter and buffer, so that LoRA
+layers, attention processors, configs and patched attributes travel as they are, and tied weights stay tied.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.graph import TensorSpec
+from asyncdiff.weights.ownership import named_tensors, stand_in, tensor_spec
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """`payload`: the pickled module. `specs`: name of every registered tensor -> its spec. `parameters`: which of
+    the names are parameters, and whether they ask for gradients."""
+
+    payload: bytes
+    specs: dict[str, TensorSpec]
+    parameters: dict[str, bool]
+
+
+def dump_skeleton(module: nn.Module, *, omit: tuple[str, ...] = (), allow_main: bool = False) -> Skeleton:
+    """Pickle `module` without its tensors.
+
+    `omit`: instance attributes of `module` itself that stay behind (what `parallelize` installed on it).
+    `allow_main`: whether classes and functions of the running script (`__main__`) may be referred to; other
+    processes cannot import them. Raises `ConfigurationError` naming what cannot be shipped.
+    """
+    tensors = dict(named_tensors(module))
+    names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    buffer = io.BytesIO()
+    with _without_attributes(module, omit):
+        try:
+            _SkeletonPickler(buffer, names, allow_main).dump(module)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigurationError(
+                f"{type(module).__name__} cannot be shipped to other processes: {error}. Remove what was hooked "
+                f"or attached to it (offloading hooks, lambdas), or use runtime='local' to see where it comes from."
+            ) from error
+    return Skeleton(
+        payload=buffer.getvalue(),
+        specs={name: tensor_spec(tensor) for name, tensor in tensors.items()},
+        parameters={
+            name: tensor.requires_grad for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)
+        },
+    )
+
+
+def load_skeleton(
+    skeleton: Skeleton, tensors: Mapping[str, torch.Tensor], device: torch.device | str | None = None
+) -> nn.Module:
+    """The module with the given tensors; the others are on the meta device.
+
+    With `device`, the first parameter, if not given, is a one-element stand-in there, so that the module's
+    `.device` answers what it should. A given plain tensor becomes a parameter where the original was one.
+    """
+    made: dict[str, torch.Tensor] = {}
+    first = next(iter(skeleton.parameters), None)
+
+    def tensor_for(name: str) -> torch.Tensor:
+        if name not in made:
+            spec = skeleton.specs[name]
+            if name in tensors:
+                made[name] = tensors[name]
+            else:
+                made[name] = stand_in(spec, device if name == first else None)
+            if name in skeleton.parameters and not isinstance(made[name], nn.Parameter):
+                made[name] = nn.Parameter(made[name], requires_grad=skeleton.parameters[name])
+        return made[name]
+
+    return _SkeletonUnpickler(io.BytesIO(skeleton.payload), tensor_for).load()
+
+
+class _SkeletonPickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, names: dict[int, str], allow_main: bool) -> None:
+        super().__init__(file, protocol=5)
+        self._names = names
+        self._allow_main = allow_main
+
+    def persistent_id(self, obj: Any) -> str | None:
+        if isinstance(obj, torch.Tensor):
+            return self._names.get(id(obj))
+        if not self._allow_main and isinstance(obj, type | FunctionType) and obj.__module__ == "__main__":
+            raise ConfigurationError(
+                f"{obj.__qualname__} is defined in the running script (__main__), which worker processes do not "
+                f"import. Move it to a module of its own and import it from there."
+            )
+        return None
+
+
+class _SkeletonUnpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensor_for: Callable[[str], torch.Tensor]) -> None:
+        super().__init__(file)
+        self._tensor_for = tensor_for
+
+    def persistent_load(self, pid: str) -> torch.Tensor:
+        return self._tensor_for(pid)
+
+
+@contextmanager
+def _without_attributes(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Take instance attributes off for the duration: they are put back in their old order."""
+    attributes = dict(module.__dict__)
+    for name in names:
+        module.__dict__.pop(name, None)
+    try:
+        yield
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)

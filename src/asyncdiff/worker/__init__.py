@@ -1,0 +1,1 @@
+"""The entry point of a spawned worker: `python -m asyncdiff.worker`."""

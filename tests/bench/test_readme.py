@@ -1,0 +1,52 @@
+"""The README's table comes from the commands' own figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asyncdiff.bench.environment import describe_environment
+from asyncdiff.bench.readme import measured_table, replace_measured
+
+ROOT = Path(__file__).parents[2]
+DEMO = {"seconds_in_order": 4.0, "seconds": 2.0, "speedup": 2.0, "psnr_db": 41.26, "devices": ["cpu", "cpu"]}
+STEP = {
+    "ms_per_step_in_order": 1000.4,
+    "ms_per_step": 520.0,
+    "ratio": 1.92,
+    "ceiling": 1.97,
+    "bytes_per_step": 3_250_000,
+    "devices": ["cpu", "cpu"],
+}
+
+
+def test_table_holds_the_figures_and_the_machine() -> None:
+    table = measured_table(DEMO, {**STEP, "environment": describe_environment()})
+    for figure in (
+        "4.00",
+        "2.00",
+        "2.00x",
+        "41.3 dB",
+        "1000",
+        "520",
+        "1.92x",
+        "1.97x",
+        "3.25 MB",
+        "torch 2.",
+    ):
+        assert figure in table
+
+
+def test_readme_has_the_markers_and_only_what_is_between_them_changes() -> None:
+    readme = (ROOT / "README.md").read_text()
+    filled = replace_measured(readme, "| new |")
+    assert "| new |" in filled
+    assert replace_measured(filled, "| newer |").count("| new |") == 0
+    assert filled.partition("<!-- measured")[0] == readme.partition("<!-- measured")[0]
+    assert filled.partition("<!-- /measured")[2] == readme.partition("<!-- /measured")[2]
+
+
+def test_missing_markers_are_refused() -> None:
+    with pytest.raises(ValueError, match="markers"):
+        replace_measured("# nothing", "| new |")
