@@ -22,7 +22,11 @@ if TYPE_CHECKING:
         WeightsLostError,
         WorkerError,
     )
-    from asyncdiff.pipeline import Handle, Plan, RunReport, parallelize, plan
+    from asyncdiff.pipeline import Handle, Plan, RunReport
+    from asyncdiff.pipeline.parallelize import (
+        parallelize,
+        plan,
+    )  # not the package's: mypy sees the module there
 
 _HOME = {
     "AsyncDiffError": "errors",

@@ -45,9 +45,9 @@ BAD: list[tuple[list[str], str]] = [
     ([*GENERATE, "--devices", "gpu,gpu"], "'gpu' is no device"),
     ([*GENERATE, "--devices", "cpu,,cpu"], "'' is no device"),
     ([*GENERATE, "--devices", "cpu:0,cpu:1"], "'cpu:0' is no device"),
-    ([*GENERATE, "--devices", "cpu,cpu", "--stages", "3"], "needs 3 devices"),
-    ([*GENERATE, "--devices", "cpu,cpu", "--stride", "3"], "needs 3 devices"),
-    ([*GENERATE, "--devices", "cpu,cpu,cpu", "--stages", "2"], "use --stages 3"),
+    ([*GENERATE, "--devices", "cpu,cpu", "--stages", "3"], "--stages 3 with --stride 1 needs 3 devices"),
+    ([*GENERATE, "--devices", "cpu,cpu", "--stride", "3"], "--stride 3 needs at least 3 devices"),
+    ([*GENERATE, "--devices", "cpu,cpu,cpu", "--stages", "2"], "Use --stages 3"),
     ([*GENERATE, "--model", "./nowhere"], "no such folder"),
     ([*GENERATE, "--model", "a/b/c"], "no model id"),
     ([*GENERATE, "--model", "empty"], "model_index.json"),
@@ -56,6 +56,7 @@ BAD: list[tuple[list[str], str]] = [
     (["demo", "--picture", "demo.bmp"], "--picture demo.bmp"),
     (["demo", "--json", "missing/demo.json"], "--json"),
     (["demo", "--devices", "two"], "'two' is no device"),
+    (["bench", "step", "--arch", "sd99", "--devices", "cpu,cpu"], "sd99"),
     (["bench", "step", "--size", "250"], "--size 250"),
     (["bench", "step", "--runs", "0"], "--runs 0"),
     (["bench", "step", "--steps", "0"], "--steps 0"),
@@ -102,14 +103,12 @@ def test_bad_usage_loads_no_torch(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("devices", ["cuda:0,cuda:63", "xpu:63"])
-def test_missing_device_is_named_with_what_is_there(
-    devices: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_device_is_named(devices: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(build_app(), [*GENERATE, "--devices", devices])
     error = capsys.readouterr().err
     assert code == 2
     assert error.count("\n") == 1
-    assert "asyncdiff doctor" in error
+    assert "cuda:0" in error or "cuda:63" in error or "xpu:63" in error
 
 
 def test_more_devices_than_cores_says_how_to_share(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The caption grammar: captions and scenes carry the same information, and the held-out ones stay out of training."""
+"""The caption grammar: captions and scenes say the same, and held-out captions stay out of training."""
 
 import re
 import subprocess
@@ -77,7 +77,7 @@ def test_caption_reads_as_documented() -> None:
     ],
 )
 def test_other_texts_are_refused(caption: str) -> None:
-    with pytest.raises(ValueError, match="not a caption|cannot share"):
+    with pytest.raises(ValueError, match=r"not a caption|cannot share"):
         scene_of(caption)
 
 

@@ -76,7 +76,9 @@ def test_large_objects_cover_more_than_twice_the_small_ones(shape: str) -> None:
 
 
 def test_shapes_differ_from_one_another() -> None:
-    pictures = [_pixels(draw(Scene((Thing("large", "blue", s, "middle"),), "white"))).astype(int) for s in SHAPES]
+    pictures = [
+        _pixels(draw(Scene((Thing("large", "blue", s, "middle"),), "white"))).astype(int) for s in SHAPES
+    ]
     for index, first in enumerate(pictures):
         for second in pictures[index + 1 :]:
             changed = (numpy.abs(first - second).sum(-1) > 60).sum()

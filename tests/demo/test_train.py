@@ -15,13 +15,16 @@ _WEIGHTS = (
     "text_encoder/model.safetensors",
 )
 
+_SHORT = (
+    "--crop-steps 1 --autoencoder-steps 1 --unet-steps 2 --pictures 16 "
+    "--autoencoder-batch 4 --unet-batch 4 --threads 1"
+)
+
 
 def _train(folder: Path, *more: str) -> Path:
-    steps = ("--autoencoder-steps", "2", "--unet-steps", "2", "--pictures", "16", "--threads", "1")
-    batches = ("--autoencoder-batch", "4", "--unet-batch", "4")
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:
-        main(["--output", str(folder), *steps, *batches, *more])
+        main(["--output", str(folder), *_SHORT.split(), *more])
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
@@ -54,7 +57,9 @@ def test_same_seed_gives_the_same_weights(
 
 
 def test_checkpoints_do_not_change_the_weights(trained: Path, tmp_path: Path) -> None:
-    again = _train(tmp_path / "out", "--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "1")
+    again = _train(
+        tmp_path / "out", "--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "1"
+    )
     assert (tmp_path / "checkpoints" / "reconstructions.png").is_file()
     assert (tmp_path / "checkpoints" / "step-000002" / "samples.png").is_file()
     assert all(_is_equal(trained / weights, again / weights) for weights in _WEIGHTS)

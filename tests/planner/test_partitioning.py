@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +17,7 @@ from asyncdiff.planner import estimate_seconds, partition_chain, partition_neste
 def make_graph(
     seconds: list[float], reads: list[list[int]], output_reads: list[int], sizes: list[int], glue: float = 0.0
 ) -> BlockGraph:
-    """Blocks b0, b1, ... of one output leaf each; `reads[i]` are the positions of the blocks that b_i reads."""
+    """Blocks b0, b1, ... of one output leaf each; `reads[i]`: positions of the blocks that b_i reads."""
     blocks = tuple(
         Block(
             key=BlockKey(f"b{i}"),
@@ -72,7 +71,7 @@ def largest_stage(graph: BlockGraph, partition: Partition, speeds: tuple[float, 
 
 
 def crossing_bytes_of(graph: BlockGraph, partition: Partition, stride: int) -> int:
-    """One message of each leaf to each device of each stage that reads it, all leaves counted once per stage."""
+    """One message of each leaf to each device of each stage that reads it."""
     segments = partition.segments(graph)
     return sum(
         graph.spec(atom).num_bytes * (stride if segments[reader].stage == partition.replicated_stage else 1)
@@ -105,7 +104,7 @@ def test_partition_is_the_best_there_is(kind: str, data: st.DataObject) -> None:
 
 
 def test_equal_blocks_are_divided_evenly() -> None:
-    """Among partitions of equal bytes, the most even one: 10 equal blocks on 4 stages never give 3, 3, 3, 1."""
+    """Among partitions of equal bytes, the most even one: 10 equal blocks on 4 stages give no 3, 3, 3, 1."""
     graph = make_graph([1.0] * 10, [[], *([i] for i in range(9))], [9], [4] * 10)
     assert sorted(map(len, partition_chain(graph, 4).stages)) == [2, 2, 3, 3]
 
@@ -152,16 +151,15 @@ def test_too_many_stages_are_refused() -> None:
         partition_chain(graph, True)
 
 
+@pytest.mark.timeout(60)
 def test_three_hundred_blocks_with_skips_are_planned_at_once() -> None:
-    """The size of an SDXL U-Net, and with one block that leaves every other cut free: seconds, not minutes."""
+    """The size of an SDXL U-Net; also with one block that leaves every other cut free."""
     n = 300
     for costs in ([1.0 + i % 7 for i in range(n)], [400.0 if i == 150 else 1.0 for i in range(n)]):
         reads = [[j for j in {i - 1, n - i} if 0 <= j < i] for i in range(n)]
         graph = make_graph(costs, reads, [n - 1], [8] * n)
-        start = time.perf_counter()
-        partition_chain(graph, 4)
-        partition_nested(graph, 3)
-        assert time.perf_counter() - start < 60.0
+        assert partition_chain(graph, 4).num_stages == 4
+        assert partition_nested(graph, 3).num_stages == 3
 
 
 def test_predictions_follow_from_their_definitions() -> None:

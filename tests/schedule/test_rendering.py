@@ -29,7 +29,7 @@ def test_a_long_grid_can_be_cut() -> None:
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 def test_main_path_of_a_chain_rests_on_latents_of_one_step_less_than_its_stages_ago(num_stages: int) -> None:
-    """METHOD section 1: the main path of eps_s rests on x_{s-N+1}; a skip from stage 0 on x_{s-1}."""
+    """docs/method.md, section 1: the main path of eps_s rests on x_{s-N+1}, a skip on x_{s-1}."""
     schedule = build_schedule(kind="chain", num_stages=num_stages, stride=1, warmup_steps=1, num_steps=12)
     for entry in staleness(schedule)[num_stages:]:
         assert entry.latents == num_stages - 1

@@ -1,6 +1,6 @@
-"""The built schedule computes what METHOD says: compared with an independent model of it, term by term.
+"""The built schedule computes what docs/method.md says: compared with an independent model, term by term.
 
-The model is METHOD's formulas (sections 1 to 6) as recursive functions of the step; it knows of no
+The model is that page's formulas (sections 1 to 6) as recursive functions of the step; it knows of no
 operations, ranks or transfers. The schedule is executed by a small interpreter with a message queue between
 every two ranks. Both build nested terms ("segment k ran on the inputs of step x with the timestep of step t
 and read ..."), and the terms of all predictions must be identical. Equal terms are made once, so comparing

@@ -1,4 +1,4 @@
-"""The tables of METHOD, section 9, literally: who computes what of which versions, and when it is dropped."""
+"""The tables of docs/method.md, section 9, literally: who computes what of which versions."""
 
 from __future__ import annotations
 

@@ -229,3 +229,44 @@ def test_missing_and_repeated_rounds_are_rejected() -> None:
         head, tail = schedule.rounds[:index], schedule.rounds[index:]
         for rounds in (head + tail[1:], (*head, tail[0], *tail)):
             assert_rejected(dataclasses.replace(schedule, rounds=rounds), f"round {index} is not there once")
+
+
+def two_stages() -> Schedule:
+    return build_schedule(kind="chain", num_stages=2, stride=2, warmup_steps=2, num_steps=8)
+
+
+def test_a_computation_without_use_is_rejected() -> None:
+    """C0 of the last round, which no later round reads."""
+    unused = Compute(0, 6, Value(0, 6), 6, 7)
+    mutant = edited(two_stages(), lambda ops: [unused, *ops], -1, 0)
+    with pytest.raises(ScheduleError, match="computed but never used"):
+        validate(mutant)
+
+
+def test_a_value_sent_to_a_rank_that_does_not_read_it_is_rejected() -> None:
+    """Without a forecast, the copy of stage 1 needs the state of step 1, but not that of step 0."""
+    schedule = build_schedule(
+        kind="chain", num_stages=2, stride=2, warmup_steps=2, num_steps=8, forecast="none"
+    )
+    mutant = edited(schedule, lambda ops: [*ops[:-1], Send(Value(0, 0), 2), *ops[-1:]], 0, 0)
+    with pytest.raises(ScheduleError, match=r"finds H0\(0\) of the round of step 0 instead"):
+        validate(mutant)
+    with pytest.raises(ScheduleError, match="received but never read"):
+        validate(edited(mutant, lambda ops: [*ops, Recv(Value(0, 0), 0)], 0, 2))
+
+
+def test_a_value_sent_and_received_twice_is_rejected() -> None:
+    send, receive = Send(Value(0, 2), 1), Recv(Value(0, 2), 0)
+    twice = lambda op: lambda ops: [each for o in ops for each in ([o, o] if o == op else [o])]  # noqa: E731
+    mutant = edited(edited(two_stages(), twice(send), 2, 0), twice(receive), 2, 1)
+    with pytest.raises(ScheduleError, match="is sent twice"):
+        validate(mutant)
+
+
+def test_a_prediction_computed_by_two_ranks_is_rejected() -> None:
+    """Under another value's name, so that only the step gives it away."""
+    schedule = two_stages()
+    compute = next(op for op in schedule.rounds[2].ops[1] if isinstance(op, Compute))
+    again = dataclasses.replace(compute, value=Value(1, 99))
+    with pytest.raises(ScheduleError, match="not each step once"):
+        validate(edited(schedule, lambda ops: [again, *ops], 2, 2))

@@ -25,7 +25,8 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 def build(case: Case, seed: int = 0) -> nn.Module:
-    """The denoiser in eval mode with every weight random: a zero-initialised layer would hide a wrong wire."""
+    """The denoiser in eval mode with every weight random: a zero-initialised layer would hide a wrong
+    wire."""
     torch.manual_seed(seed)
     module = case.build().eval()
     with torch.no_grad():
@@ -54,7 +55,8 @@ def unet_inputs(batch: int, size: int) -> dict[str, Any]:
 
 def unet_sdxl() -> nn.Module:
     return diffusers.UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+        sample_size=16, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=8,
         attention_head_dim=(2, 4, 4), transformer_layers_per_block=(1, 2, 3), use_linear_projection=True,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -93,7 +95,9 @@ def controlnet_inputs(batch: int, size: int) -> dict[str, Any]:
 
 def t2i_adapter_inputs(batch: int, size: int) -> dict[str, Any]:
     shapes = [(batch, 8, size, size), (batch, 16, size // 2, size // 2), (batch, 16, size // 4, size // 4)]
-    return unet_inputs(batch, size) | {"down_intrablock_additional_residuals": [randn(*shape) for shape in shapes]}
+    return unet_inputs(batch, size) | {
+        "down_intrablock_additional_residuals": [randn(*shape) for shape in shapes]
+    }
 
 
 def unet_freeu() -> nn.Module:
@@ -104,7 +108,8 @@ def unet_freeu() -> nn.Module:
 
 def sd3() -> nn.Module:
     return diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, num_layers=6, attention_head_dim=4, num_attention_heads=2,
+        sample_size=16, patch_size=2, in_channels=4, num_layers=6, attention_head_dim=4,
+        num_attention_heads=2,
         caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=8, out_channels=4,
         pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
@@ -122,7 +127,8 @@ def sd3_inputs(batch: int, size: int) -> dict[str, Any]:
 
 def flux() -> nn.Module:
     return diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=3, num_single_layers=4, attention_head_dim=16, num_attention_heads=2,
+        patch_size=1, in_channels=4, num_layers=3, num_single_layers=4, attention_head_dim=16,
+        num_attention_heads=2,
         joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     )  # fmt: skip
 
@@ -143,7 +149,8 @@ def flux_inputs(batch: int, size: int) -> dict[str, Any]:
 
 def hunyuan_dit() -> nn.Module:
     return diffusers.HunyuanDiT2DModel(
-        sample_size=16, num_layers=6, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
+        sample_size=16, num_layers=6, patch_size=2, attention_head_dim=8, num_attention_heads=2,
+        in_channels=4,
         cross_attention_dim=8, cross_attention_dim_t5=8, pooled_projection_dim=4, hidden_size=16, text_len=4,
         text_len_t5=4, activation_fn="gelu-approximate", norm_type="ada_norm_continous",
     )  # fmt: skip
@@ -167,8 +174,10 @@ def hunyuan_dit_inputs(batch: int, size: int) -> dict[str, Any]:
 
 def pixart() -> nn.Module:
     return diffusers.PixArtTransformer2DModel(
-        sample_size=16, num_layers=4, patch_size=2, attention_head_dim=4, num_attention_heads=2, in_channels=4,
-        cross_attention_dim=8, caption_channels=8, out_channels=8, norm_num_groups=1, use_additional_conditions=False,
+        sample_size=16, num_layers=4, patch_size=2, attention_head_dim=4, num_attention_heads=2,
+        in_channels=4,
+        cross_attention_dim=8, caption_channels=8, out_channels=8, norm_num_groups=1,
+        use_additional_conditions=False,
     )  # fmt: skip
 
 
@@ -185,7 +194,8 @@ def pixart_inputs(batch: int, size: int) -> dict[str, Any]:
 
 def dit() -> nn.Module:
     return diffusers.DiTTransformer2DModel(
-        sample_size=16, num_layers=4, patch_size=2, attention_head_dim=4, num_attention_heads=2, in_channels=4,
+        sample_size=16, num_layers=4, patch_size=2, attention_head_dim=4, num_attention_heads=2,
+        in_channels=4,
         out_channels=8, num_embeds_ada_norm=8, norm_type="ada_norm_zero", attention_bias=True,
         activation_fn="gelu-approximate", norm_elementwise_affine=False,
     )  # fmt: skip
@@ -203,7 +213,8 @@ def dit_inputs(batch: int, size: int) -> dict[str, Any]:
 def unet2d() -> nn.Module:
     return diffusers.UNet2DModel(
         sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16, 16), layers_per_block=1,
-        norm_num_groups=4, attention_head_dim=4, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
 
@@ -214,7 +225,8 @@ def unet2d_inputs(batch: int, size: int) -> dict[str, Any]:
 
 def wan() -> nn.Module:
     return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=8,
         freq_dim=8, ffn_dim=16, num_layers=4, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,9 @@ def stage_copy(module: nn.Module, spec: StageSpec) -> nn.Module:
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and f"{path}.{name}".lstrip(".") not in spec.tensors:
                 meta = torch.empty_like(tensor, device="meta")
-                memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+                memo[id(tensor)] = (
+                    nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+                )
     return copy.deepcopy(module, memo)
 
 
@@ -38,9 +41,9 @@ def cut(graph: BlockGraph, kind: str, num_stages: int) -> Partition:
     keys = [block.key for block in graph.blocks]
     if kind == "chain":
         bounds = [len(keys) * k // num_stages for k in range(num_stages + 1)]
-        return Partition("chain", tuple(tuple(keys[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)))
+        return Partition("chain", tuple(tuple(keys[a:b]) for a, b in itertools.pairwise(bounds)))
     bounds = [len(keys) * k // (num_stages + 1) for k in range(num_stages + 2)]
-    parts = [tuple(keys[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [tuple(keys[a:b]) for a, b in itertools.pairwise(bounds)]
     return Partition("nested", (parts[0] + parts[-1], *parts[1:-1]))
 
 
@@ -55,7 +58,9 @@ def specs_of(recording: Recording, graph: BlockGraph, partition: Partition) -> l
 class Split:
     """All stages of one partition, with the values they have handed over."""
 
-    def __init__(self, module: nn.Module, recording: Recording, graph: BlockGraph, partition: Partition) -> None:
+    def __init__(
+        self, module: nn.Module, recording: Recording, graph: BlockGraph, partition: Partition
+    ) -> None:
         self.specs: dict[Any, list[StageSpec]] = {}
         self.replicas: list[StageReplica] = []
         self.partition = partition
@@ -79,13 +84,15 @@ class Split:
                 assert atom in specs[stage].reads[segment]
                 seen.append(atom)
                 if atom not in values:
-                    assert self.partition.kind == "nested" and stage == 0
+                    assert self.partition.kind == "nested"
+                    assert stage == 0
                     for inner in range(1, self.partition.num_stages):
                         run_stage(inner)
                 return poisoned(values[atom]) if atom == poison else values[atom].clone()
 
             def emit(atom: Atom, tensor: torch.Tensor) -> None:
-                assert atom in specs[stage].emits and atom not in values
+                assert atom in specs[stage].emits
+                assert atom not in values
                 values[atom] = tensor
 
             seen: list[Atom] = []
@@ -121,4 +128,5 @@ def assert_bitwise(got: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
         assert torch.isfinite(other).all()
-        assert one.dtype == other.dtype and torch.equal(one, other)
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

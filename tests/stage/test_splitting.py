@@ -1,4 +1,5 @@
-"""A split denoiser equals the unsplit one bitwise: real classes, NaN placeholders, weights of its own stage only."""
+"""A split denoiser equals the unsplit one bitwise: real classes, NaN placeholders, weights of its own stage
+only."""
 
 from __future__ import annotations
 

@@ -232,7 +232,9 @@ class Pair(nn.Module):
         self.parts = nn.ModuleList([SideLayer(), Layer()])
 
     def forward(self, x):
-        return self.parts[1](self.parts[0](x)) + self.parts[0].extra
+        out = self.parts[1](self.parts[0](x)) + self.parts[0].extra
+        del self.parts[0].extra
+        return out
 
 
 class Pairs(Toy):

@@ -35,6 +35,11 @@ class StepClock:
         self.seconds = time.perf_counter() - self._start
 
     @property
+    def denoise_seconds(self) -> float:
+        """From the beginning of the call to the end of its last step: text encoding included, decoding not."""
+        return self._step_ends[-1] - self._start
+
+    @property
     def num_steps(self) -> int:
         return len(self._step_ends)
 

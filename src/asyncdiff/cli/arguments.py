@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -15,6 +17,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from asyncdiff.cli.failures import DEBUG_VARIABLE
+from asyncdiff.config import settle
 from asyncdiff.errors import ConfigurationError
 
 Forecast: TypeAlias = Literal["none", "linear"]
@@ -141,19 +144,18 @@ def parse_devices(text: str) -> int | tuple[str, ...]:
 
 def stages_for(num_devices: int, num_stages: int | None, stride: int) -> int:
     """The number of stages that keeps every device busy: `num_stages` if it does, else what fits if None."""
-    fitting = num_devices - stride + 1
-    if num_stages is None and fitting >= 1:
-        return fitting
-    needed = (num_stages or 1) + stride - 1
-    if needed == num_devices and num_stages is not None:
-        return num_stages
-    ways_out = [f"give {needed} devices"]
-    if fitting >= 1:
-        ways_out.append(f"use --stages {fitting}")
-    raise ConfigurationError(
-        f"--stages {num_stages or 1} with --stride {stride} needs {needed} devices (stages + stride - 1), "
-        f"but --devices gives {num_devices}: {' or '.join(ways_out)}."
-    )
+    with _option_names():
+        return settle(num_devices, num_stages, stride)[0]
+
+
+@contextmanager
+def _option_names() -> Iterator[None]:
+    """The library's messages with the options' names in them: `num_stages=3` is `--stages 3` here."""
+    try:
+        yield
+    except ConfigurationError as error:
+        as_options = re.sub(r"\b(?:num_)?(stages|stride|warmup_steps)=(\d+)", r"--\1 \2", str(error))
+        raise ConfigurationError(as_options.replace("--warmup_steps", "--warmup-steps")) from error
 
 
 def check_at_least(option: str, value: int | None, minimum: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -99,6 +100,13 @@ def _show_ours(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    ours = category.__module__.startswith("asyncdiff") or str(message).startswith("asyncdiff")
-    if ours or f"{os.sep}asyncdiff{os.sep}" in filename:
+    if _raised_by().startswith("asyncdiff."):
         typer.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+
+
+def _raised_by() -> str:
+    """The module that called `warnings.warn`; the file name that a warning carries is often another."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"] in (__name__, "warnings"):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals["__name__"])

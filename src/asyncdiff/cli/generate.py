@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,11 +224,17 @@ def load_pipeline(model: str | None, dtype: Dtype, device: str) -> Any:
         else:
             from diffusers import DiffusionPipeline
 
-            pipe = DiffusionPipeline.from_pretrained(str(Path(model).expanduser()), torch_dtype=torch_dtype)
+            pipe = DiffusionPipeline.from_pretrained(str(Path(model).expanduser()), dtype=torch_dtype)
     except (OSError, ValueError) as error:
-        raise AsyncDiffError(f"Cannot load --model {model or '(demo)'}: {error}") from error
+        raise AsyncDiffError(f"Cannot load --model {model or '(demo)'}: {_first_sentence(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe if kind == "cpu" else pipe.to(device)
+
+
+def _first_sentence(error: Exception) -> str:
+    """diffusers' and the hub's messages go on for a page, about stack traces that we do not show."""
+    sentence = re.split(r"(?<=\.)\s", " ".join(str(error).split()), maxsplit=1)[0]
+    return re.sub(r"^Cannot load model \S+: ", "", sentence)
 
 
 def _run_parallel(
@@ -254,6 +262,7 @@ def _run_parallel(
         images, clocks = _generate_all(pipe, call, request, f"On {', '.join(devices)}", skip, report)
         if request.trace is not None:
             handle.last_run.write_trace(request.trace)
+        assert handle.plan is not None  # it has run
         return Outcome(images, clocks, handle.plan.threads_per_device, handle.last_run.bytes_sent)
 
 
@@ -326,12 +335,12 @@ def _write_comparison(request: Request, originals: list[Image.Image], parallels:
 def _rows(
     parallel: Outcome, original: Outcome | None, devices: list[str], num_stages: int, written: list[Path]
 ) -> list[tuple[str, str, str]]:
-    threads = f", {parallel.threads} thread(s) each" if parallel.threads else ""
+    threads = f", threads each: {parallel.threads}" if parallel.threads else ""
     rows = [
-        ("devices", ", ".join(devices), f"{num_stages} stage(s){threads}"),
-        ("milliseconds per step", f"{parallel.seconds_per_step * 1e3:.1f}", "median, after warm-up"),
-        ("seconds per picture", f"{parallel.seconds:.2f}", "whole call"),
-        ("megabytes sent per picture", f"{parallel.bytes_sent / 1e6:.2f}", "between devices"),
+        ("devices", ", ".join(devices), f"stages: {num_stages}{threads}"),
+        ("milliseconds per step", _number(parallel.seconds_per_step * 1e3, 1), "median, after warm-up"),
+        ("seconds per picture", _number(parallel.seconds, 2), "whole call"),
+        ("megabytes sent per picture", _number(parallel.bytes_sent / 1e6, 2), "between devices"),
     ]
     if original is not None:
         rows += _comparison_rows(parallel, original)
@@ -341,19 +350,28 @@ def _rows(
 def _comparison_rows(parallel: Outcome, original: Outcome) -> list[tuple[str, str, str]]:
     from asyncdiff.bench.pictures import psnr_db
 
-    psnrs = [psnr_db(a, b) for a, b in zip(original.images, parallel.images, strict=True)]
+    psnr = min(psnr_db(a, b) for a, b in zip(original.images, parallel.images, strict=True))
+    step_speedup = original.seconds_per_step / parallel.seconds_per_step
     return [
         (
             "in order, milliseconds per step",
-            f"{original.seconds_per_step * 1e3:.1f}",
+            _number(original.seconds_per_step * 1e3, 1),
             "one device, same threads",
         ),
-        ("in order, seconds per picture", f"{original.seconds:.2f}", "whole call"),
-        ("speed-up of a step", f"{original.seconds_per_step / parallel.seconds_per_step:.2f}", ""),
+        ("in order, seconds per picture", _number(original.seconds, 2), "whole call"),
+        ("speed-up of a step", _number(step_speedup, 2), "after warm-up"),
         (
             "speed-up of the call",
-            f"{original.seconds / parallel.seconds:.2f}",
-            "warm-up, text encoder and VAE included",
+            _number(original.seconds / parallel.seconds, 2),
+            "with text encoder and VAE",
         ),
-        ("PSNR", f"{min(psnrs):.1f} dB", "lowest of the pictures" if len(psnrs) > 1 else ""),
+        (
+            "PSNR",
+            "identical" if math.isinf(psnr) else f"{psnr:.1f} dB",
+            "lowest of the pictures" if len(original.images) > 1 else "",
+        ),
     ]
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"

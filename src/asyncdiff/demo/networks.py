@@ -1,6 +1,10 @@
 """The demo pipeline's networks before training: Stable Diffusion 1.5's structure, a hundred times smaller."""
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from asyncdiff.demo.drawing import PICTURE_SIZE
@@ -9,10 +13,16 @@ LATENT_SIZE = 8  # latent pixels, width and height: one eighth of the picture's,
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 128
 
+# How much of the usual random start is added to the copying one, so that channels are not all alike.
+_COPY_NOISE = 0.3
+
 
 def build_autoencoder() -> AutoencoderKL:
-    """64x64 pictures to 8x8 latents of 4 channels and back, one million parameters."""
-    return AutoencoderKL(
+    """64x64 pictures to 8x8 latents of 4 channels and back, one million parameters.
+
+    It starts close to copying colours: see `_start_as_a_copy`.
+    """
+    vae = AutoencoderKL(
         sample_size=PICTURE_SIZE,
         block_out_channels=(16, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -21,6 +31,8 @@ def build_autoencoder() -> AutoencoderKL:
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
     )
+    _start_as_a_copy(vae)
+    return vae
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -46,11 +58,11 @@ def build_unet() -> UNet2DConditionModel:
     On 16x16 latents the same training time bought a third of the steps: a step took 1.9 s instead of 0.42 s
     (64 pictures, two CPU cores).
     """
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 96, 128),
+        block_out_channels=(48, 96, 128),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=2,
@@ -58,6 +70,9 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=4,  # the number of heads, despite its name
         norm_num_groups=16,
     )
+    _silence_residuals(unet)
+    nn.init.zeros_(unet.conv_out.weight)
+    return unet
 
 
 def build_noise_scheduler() -> DDIMScheduler:
@@ -76,3 +91,30 @@ def build_noise_scheduler() -> DDIMScheduler:
         steps_offset=1,
         prediction_type="v_prediction",
     )
+
+
+def _silence_residuals(network: nn.Module) -> None:
+    """Makes every residual branch start at zero, as the original Stable Diffusion code does."""
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, Transformer2DModel):
+            nn.init.zeros_(module.proj_out.weight)
+        elif isinstance(module, Attention) and module.residual_connection:
+            nn.init.zeros_(module.to_out[0].weight)
+
+
+def _start_as_a_copy(vae: AutoencoderKL) -> None:
+    """Makes the autoencoder start close to passing a thinned-out picture through its first channels.
+
+    From diffusers' random start it learned brightness first and colours long after: after 200
+    steps on crops the squared error was 0.12, and 0.05 from this start.
+    """
+    _silence_residuals(vae)
+    blocks = [module for module in vae.modules() if isinstance(module, ResnetBlock2D)]
+    inner = {id(conv) for block in blocks for conv in (block.conv1, block.conv2)}
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d) and id(module) not in inner:
+            noise = _COPY_NOISE * module.weight.detach()
+            nn.init.dirac_(module.weight)
+            module.weight.data += noise

@@ -27,7 +27,7 @@ class Partition:
     """Block -> stage. `stages[k]` lists the blocks of stage k in execution order.
 
     `kind` is `"chain"` (contiguous in execution order) or `"nested"` (stage 0 holds the first and the last
-    blocks, the others a chain between them; METHOD.md section 6).
+    blocks, the others a chain between them; docs/method.md section 6).
     """
 
     kind: str
@@ -93,8 +93,9 @@ class Partition:
         return runs
 
 
-def crossing_atoms(graph: BlockGraph, segments: tuple[Segment, ...]) -> dict[tuple[int, int], tuple[Atom,
-...]]:
+def crossing_atoms(
+    graph: BlockGraph, segments: tuple[Segment, ...]
+) -> dict[tuple[int, int], tuple[Atom, ...]]:
     """(producing segment, reading segment) -> the leaves that must be handed over, in order of production.
 
     Only pairs on different stages; what the denoiser's output uses is read by the last segment.

@@ -10,8 +10,11 @@ from asyncdiff.graph.partition import Segment, crossing_atoms
 
 @dataclass(frozen=True)
 class Wiring:
-    """`segment_of`: block -> segment. `crossing[segment, stage]`: the leaves of that segment that the stage reads,
-    each once, in the order they are produced. `outputs`: the tensor leaves of a prediction."""
+    """What crosses from each segment to each stage.
+
+    `segment_of`: block -> segment. `crossing[segment, stage]`: the leaves of that segment that the stage
+    reads, each once, in the order they are produced. `outputs`: the tensor leaves of a prediction.
+    """
 
     segment_of: dict[BlockKey, int]
     crossing: dict[tuple[int, int], tuple[tuple[Atom, TensorSpec], ...]]
@@ -34,8 +37,8 @@ def wire(graph: BlockGraph, segments: tuple[Segment, ...]) -> Wiring:
     return Wiring(
         segment_of={key: segment.index for segment in segments for key in segment.blocks},
         crossing={
-            pair: tuple((atom, graph.spec(atom)) for atom in graph.order(atoms)) for pair, atoms in
-            wanted.items()
+            pair: tuple((atom, graph.spec(atom)) for atom in graph.order(atoms))
+            for pair, atoms in wanted.items()
         },
         outputs=graph.outputs,
     )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import weakref
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class SpawnedWorkers:
         """Start one process per entry; `threads[i]` is its number of intra-op threads (None: torch's default)."""
         self.connections: dict[int, WorkerConnection] = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.driver_pid = os.getpid()
         authkey = secrets.token_bytes(32)
         with Listener(("127.0.0.1", 0), backlog=len(threads), authkey=authkey) as listener:
             try:
@@ -72,10 +74,10 @@ class SpawnedWorkers:
         while len(self.connections) < len(self._processes):
             try:
                 connection = listener.accept()
-            except TimeoutError:
+                hello = receive_message(connection)
+            except (TimeoutError, EOFError, ConnectionError, AuthenticationError):  # nobody yet, or not one of ours
                 self._check_started(deadline)
                 continue
-            hello = receive_message(connection)
             self.connections[hello.rank] = WorkerConnection(connection, hello)
 
     def _check_started(self, deadline: float) -> None:
@@ -95,7 +97,8 @@ _LIVE: weakref.WeakSet[SpawnedWorkers] = weakref.WeakSet()
 @atexit.register
 def _close_all() -> None:
     for workers in list(_LIVE):
-        workers.close()
+        if workers.driver_pid == os.getpid():  # not in a forked child of the driver
+            workers.close()
 
 
 def _start_process(
@@ -108,7 +111,7 @@ def _start_process(
     if threads is not None:
         environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(
-        [sys.executable, "-m", "asyncdiff.worker"],
+        [sys.executable, "-P", "-m", "asyncdiff.worker"],  # -P: no module of the working directory instead of ours
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env=environment,

@@ -17,6 +17,7 @@ import threading
 from datetime import timedelta
 from multiprocessing.connection import Client, Listener
 
+import psutil
 import torch.distributed as dist
 
 from asyncdiff.errors import WorkerError
@@ -40,7 +41,7 @@ class TorchrunWorkers:
         """End a stalled worker of this host at once; one on another host is left to its torchrun."""
         connection = self.connections[rank]
         if connection.host == socket.gethostname():
-            os.kill(connection.pid, signal.SIGKILL)
+            psutil.Process(connection.pid).kill()
 
     def close(self) -> None:
         """The workers outlive a handle: they end with the driver."""

@@ -38,6 +38,15 @@ def device_of(denoiser: nn.Module) -> torch.device:
     return next(iter(devices))
 
 
+def refuse_compiled(denoiser: nn.Module) -> None:
+    """`ConfigurationError` for a denoiser compiled as a whole, which would run past any forward put in its place."""
+    if isinstance(denoiser, torch._dynamo.OptimizedModule) or denoiser._compiled_call_impl is not None:
+        raise ConfigurationError(
+            "The denoiser is compiled as a whole by torch.compile, which cannot be divided over devices. Compile its "
+            "blocks instead (denoiser.compile_repeated_blocks()), or leave it uncompiled."
+        )
+
+
 def refuse_offloading(pipe: Any, denoiser: nn.Module) -> None:
     """`ConfigurationError` where something else already moves the denoiser's weights or wraps its forward."""
     if getattr(pipe, "hf_device_map", None) is not None:

@@ -5,6 +5,7 @@ Instance attributes that shadow the methods; `remove` takes them out again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,23 +64,36 @@ class Refusal:
 
 @dataclass(frozen=True)
 class RefuseOtherDevice:
-    """Stands in for `to`: staying where it is changes nothing, everything else is refused."""
+    """Stands in for `to`: everything but staying where it is, as it is, is refused.
 
-    module: nn.Module
+    `move`: what to call where nothing changes for the denoiser (a pipeline's other components may still move).
+    """
+
+    owner: Any
     device: torch.device
     dtype: torch.dtype
+    move: Callable[..., Any] | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        same_device = device is None or (device.type, device.index or 0) == (self.device.type, self.device.index or 0)
-        if same_device and dtype in (None, self.dtype):
-            return self.module
-        return Refusal(type(self.module).__name__, "to")()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        where = {name: value for name, value in kwargs.items() if name != "silence_dtype_warnings"}
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **where)
+        if not (device is None or _is_same(device, self.device)) or dtype not in (None, self.dtype):
+            raise ParallelizedError(
+                f"{type(self.owner).__name__}.to({device or dtype}) is not possible while the denoiser is divided over "
+                f"devices: it stays on {self.device} in {self.dtype}. Call handle.remove() first. (from_pipe casts to "
+                f"float32 unless it is given torch_dtype.)"
+            )
+        return self.owner if self.move is None else self.move(self.owner, *args, **kwargs)
 
 
 def install_guards(pipe: Any, denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Shadow the methods of this denoiser and this pipeline that would see only a part of the weights."""
+    """Shadow the methods of this denoiser and this pipeline that would see only a part of the weights.
+
+    The pipeline's own `to` too, because it moves the other components before it comes to the denoiser.
+    """
     vars(denoiser)["to"] = RefuseOtherDevice(denoiser, device, dtype)
+    if hasattr(type(pipe), "to"):
+        vars(pipe)["to"] = RefuseOtherDevice(pipe, device, dtype, move=type(pipe).to)
     for owner, names in ((denoiser, _DENOISER_METHODS), (pipe, _PIPELINE_METHODS)):
         for name in names:
             if hasattr(type(owner), name):
@@ -92,6 +106,10 @@ def remove_guards(pipe: Any, denoiser: nn.Module) -> None:
         for name, value in list(vars(owner).items()):
             if isinstance(value, Refusal | RefuseOtherDevice):
                 del vars(owner)[name]
+
+
+def _is_same(a: torch.device, b: torch.device) -> bool:
+    return (a.type, a.index or 0) == (b.type, b.index or 0)
 
 
 def guard_names() -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import inspect
 import itertools
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +30,6 @@ from asyncdiff.pipeline.analysis import (
     record_call,
 )
 from asyncdiff.pipeline.guards import guard_names, install_guards, remove_guards
-from asyncdiff.pipeline.noise_scheduler import is_watched, new_tracker, unwatch, watch
 from asyncdiff.pipeline.report import CallRecord, RunReport, build_report
 from asyncdiff.pipeline.run_state import (
     ChannelState,
@@ -40,12 +38,15 @@ from asyncdiff.pipeline.run_state import (
     schedule_for,
     timestep_argument,
 )
+from asyncdiff.pipeline.runs import PlacedCall, Runs
 from asyncdiff.pipeline.scheduler_lookup import calling_pipeline
 from asyncdiff.pipeline.timesteps import timestep_name
+from asyncdiff.pipeline.user_warning import warn_user
 from asyncdiff.planner import Plan
 from asyncdiff.runtime.executor import Executor, RoundCall
-from asyncdiff.tracking import Position, Tracker
+from asyncdiff.schedule import Schedule
 from asyncdiff.trace import Inputs, flatten_inputs
+from asyncdiff.tracking import Position
 from asyncdiff.weights import Skeleton, dump_skeleton
 
 _SHORT_RUN_MARGIN = 3
@@ -58,6 +59,11 @@ class DenoiserEntry:
         self._installation = installation
         self.__signature__ = inspect.signature(forward)
         self.__doc__ = forward.__doc__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserEntry:
+        raise ParallelizedError(
+            "The denoiser cannot be copied while it is divided over devices. Call handle.remove() first."
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._installation.call(args, kwargs)
@@ -98,16 +104,13 @@ class Installation:
         self._owners: Partition | None = None
         self._analyses: dict[Any, Analysis] = {}
         self._analysis_numbers = itertools.count()
-        self._trackers: dict[int, tuple[Any, Tracker]] = {}
-        self._run_numbers: dict[tuple[int, int], int] = {}
-        self._next_run = itertools.count()
-        self._ended_runs: list[int] = []
+        scale = getattr(getattr(denoiser, "config", None), "timestep_scale", None)
+        self._runs = Runs(() if scale is None else (float(scale),))
         self._channels: dict[tuple[int, Any], ChannelState] = {}
-        self._conditions: dict[int, Conditions] = {}
         self._warned: set[str] = set()
-        self._calls: list[CallRecord] = []
+        self._calls: dict[int, list[CallRecord]] = {}
         self._last_run: int | None = None
-        self._context: list[str] = []
+        self._context = _ContextNames()
         self._removed = False
 
     # -- in and out --------------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ class Installation:
         install_guards(self.pipe, self.denoiser, self._device, self._dtype)
         scheduler = getattr(self.pipe, "scheduler", None)
         if scheduler is not None:
-            self._tracker_of(scheduler, run_is_open=False)
+            self._runs.listen(scheduler)
 
     def remove(self) -> None:
         """Give the pipeline back as it was; `WeightsLostError` names what only a dead worker held."""
@@ -128,9 +131,7 @@ class Installation:
             if self._removed:
                 return
             self._removed = True
-            for scheduler, tracker in self._trackers.values():
-                unwatch(scheduler, tracker)
-            self._trackers.clear()
+            self._runs.close()
             remove_guards(self.pipe, self.denoiser)
             vars(self.denoiser).pop("cache_context", None)
             vars(self.denoiser).pop("forward", None)
@@ -154,61 +155,57 @@ class Installation:
         with self._lock, _intra_op_threads(self._threads), torch.no_grad():
             inputs = flatten_inputs(self._forward, args, kwargs)
             self._refuse_gradients(inputs)
-            position, scheduler = self._place(inputs)
-            run = self._run_number(position, scheduler)
+            call = self._place(inputs)
             analysis = self._analysis(inputs)
-            leaves = self._predict(run, position, scheduler, inputs, analysis)
+            leaves = self._predict(call, inputs, analysis)
             output = analysis.output.rebuild(leaves)
-            self._note_call(run, position, start_s)
+            self._note_call(call, start_s)
             return output
 
-    def _predict(
-        self, run: int, position: Position, scheduler: Any, inputs: Inputs, analysis: Analysis
-    ) -> list[torch.Tensor]:
-        state = self._channel_state(run, position, analysis)
+    def _predict(self, call: PlacedCall, inputs: Inputs, analysis: Analysis) -> list[torch.Tensor]:
+        position = call.position
+        state = self._channel_state(call, analysis)
         argument = timestep_argument(inputs)
         state.arguments[position.step] = argument.clone() if isinstance(argument, torch.Tensor) else argument
         if state.schedule.round_of(position.step).first_step == position.step:
-            self._start_round(run, position, scheduler, inputs, state)
-        return self.executor.prediction(run, position.channel, position.step)
+            self._start_round(call, inputs, state)
+        return self.executor.prediction(call.run, position.channel, position.step)
 
-    def _start_round(
-        self, run: int, position: Position, scheduler: Any, inputs: Inputs, state: ChannelState
-    ) -> None:
-        conditions_of_run = self._conditions.setdefault(run, self._new_conditions(scheduler))
-        if position.placed:
-            conditions_of_run.observe(scheduler, position, inputs)
-        round_ = state.schedule.round_of(position.step)
-        conditions = conditions_of_run.for_round(round_, scheduler, position, inputs, state.arguments)
+    def _start_round(self, call: PlacedCall, inputs: Inputs, state: ChannelState) -> None:
+        step = call.position.step
+        conditions_of_call = Conditions(self.settings, call, inputs)
+        if call.position.placed:
+            conditions_of_call.observe()
+        conditions = conditions_of_call.for_round(state.schedule.round_of(step), state.arguments)
         if conditions is None:  # the timesteps to come are not known yet: learn from another step in order
-            state.schedule = self._schedule(position, state.analysis)
-            round_, conditions = state.schedule.round_of(position.step), {}
+            state.run_in_order(step)
+            conditions = {}
         refuse_scaled_conditions(conditions, inputs, state.analysis, self.settings.stride)
-        ended, self._ended_runs = tuple(self._ended_runs), []
         self.executor.run_round(
             RoundCall(
-                run=run,
-                channel=position.channel,
+                run=call.run,
+                channel=call.position.channel,
                 key=state.analysis.number,
-                round=round_,
+                round=state.schedule.round_of(step),
                 tensors=inputs.tensors(),
                 floats=inputs.floats(),
                 history_depth=2 if self.settings.forecast == "linear" else 1,
                 conditions=conditions,
                 timestep_name=timestep_name(inputs.names),
                 latents_name=inputs.latents,
-                ended_runs=ended,
+                ended_runs=self._forget_ended_runs(),
             )
         )
 
-    def _channel_state(self, run: int, position: Position, analysis: Analysis) -> ChannelState:
-        state = self._channels.get((run, position.channel))
-        if state is None or not state.follows(position, analysis):
-            state = ChannelState(analysis, self._schedule(position, analysis))
-            self._channels[run, position.channel] = state
+    def _channel_state(self, call: PlacedCall, analysis: Analysis) -> ChannelState:
+        key = (call.run, call.position.channel)
+        state = self._channels.get(key)
+        if state is None or not state.follows(call.position, analysis):
+            state = ChannelState(analysis, self.settings, self._schedule(call.position, analysis))
+            self._channels[key] = state
         return state
 
-    def _schedule(self, position: Position, analysis: Analysis) -> Any:
+    def _schedule(self, position: Position, analysis: Analysis) -> Schedule:
         """From this step to the end of the run; a call that cannot be placed is a run of one step, in order."""
         num_steps = position.num_steps if position.placed and position.num_steps else position.step + 1
         return schedule_for(
@@ -217,72 +214,39 @@ class Installation:
 
     # -- where a call stands -----------------------------------------------------------------------------------
 
-    def _place(self, inputs: Inputs) -> tuple[Position, Any]:
+    def _place(self, inputs: Inputs) -> PlacedCall:
         pipe = calling_pipeline(self.denoiser) or self.pipe
         scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is None:
-            position = Position(-1, 0, 0, None, 0, 0, False, False, "the pipeline has no noise scheduler")
-        else:
-            tracker = self._tracker_of(scheduler, run_is_open=True)
-            context = self._context[-1] if self._context else None
-            position = tracker.place(context, hint=timestep_argument(inputs))
-        if position.placed and position.num_steps is None:
-            position = replace(position, reason="the noise scheduler does not say how many steps the run has")
-        if not position.placed:
-            self._warn(
-                "unplaced", f"A denoiser call runs in order on the devices, without gain: {position.reason}."
-            )
-        return position, scheduler
-
-    def _tracker_of(self, scheduler: Any, *, run_is_open: bool) -> Tracker:
-        if id(scheduler) not in self._trackers:
-            self._trackers[id(scheduler)] = (scheduler, new_tracker())
-        tracker = self._trackers[id(scheduler)][1]
-        if not is_watched(scheduler, tracker):
-            watch(scheduler, tracker, run_is_open=run_is_open)
-        return tracker
-
-    def _run_number(self, position: Position, scheduler: Any) -> int:
-        """Runs of several noise schedulers may alternate: each has a number of its own."""
-        if not position.placed:
-            run = next(self._next_run)
-            self._end_runs([run])
-            return run
-        key = (id(scheduler), position.run)
-        if key not in self._run_numbers:
-            self._end_runs([run for (owner, _), run in self._run_numbers.items() if owner == id(scheduler)])
-            self._run_numbers = {k: run for k, run in self._run_numbers.items() if k[0] != id(scheduler)}
-            self._run_numbers[key] = next(self._next_run)
-            self._begin_run(position)
+        call = self._runs.place(scheduler, self._context.current, timestep_argument(inputs))
+        if not call.position.placed:
+            reason = call.position.reason
+            self._warn("unplaced", f"a denoiser call runs in order on the devices, without gain: {reason}.")
+        elif call.is_new_run:
+            self._check_length(call.position)
+        if call.is_new_run:
             self._follow_changes()
-        return self._run_numbers[key]
+        return call
 
-    def _begin_run(self, position: Position) -> None:
+    def _check_length(self, position: Position) -> None:
+        settings = self.settings
         assert position.num_steps is not None
-        if self.settings.stride > position.num_steps:
+        if settings.stride > position.num_steps:
             raise ConfigurationError(
-                f"stride={self.settings.stride} is longer than the run of {position.num_steps} steps. Use "
+                f"stride={settings.stride} is longer than the run of {position.num_steps} steps. Use "
                 f"stride={position.num_steps} or less, or more steps."
             )
-        if position.num_steps <= self.settings.warmup_steps + _SHORT_RUN_MARGIN:
+        if settings.num_workers > 1 and position.num_steps <= settings.warmup_steps + _SHORT_RUN_MARGIN:
             self._warn(
                 "short",
-                f"A run of {position.num_steps} steps with warmup_steps={self.settings.warmup_steps} is too short to "
-                f"gain from asynchronous denoising.",
+                f"a run of {position.num_steps} steps with warmup_steps={settings.warmup_steps} is too short to gain "
+                f"from asynchronous denoising.",
             )
-        self._calls = []
 
-    def _end_runs(self, runs: list[int]) -> None:
-        self._ended_runs.extend(runs)
-        self._channels = {key: state for key, state in self._channels.items() if key[0] not in runs}
-        self._conditions = {run: known for run, known in self._conditions.items() if run not in runs}
-
-    def _new_conditions(self, scheduler: Any) -> Conditions:
-        config = getattr(scheduler, "config", {})
-        scale = getattr(getattr(self.denoiser, "config", None), "timestep_scale", None)
-        return Conditions(
-            self.settings, int(config.get("num_train_timesteps", 1000)), () if scale is None else (float(scale),)
-        )
+    def _forget_ended_runs(self) -> tuple[int, ...]:
+        ended = self._runs.take_ended()
+        self._channels = {key: state for key, state in self._channels.items() if key[0] not in ended}
+        self._calls = {run: calls for run, calls in self._calls.items() if run not in ended}
+        return ended
 
     # -- structures --------------------------------------------------------------------------------------------
 
@@ -370,11 +334,12 @@ class Installation:
         with self._lock:
             if self._last_run is None or self.plan is None:
                 raise ParallelizedError("There is no run to report yet: call the pipeline first.")
-            return build_report(self._calls, self.executor.reports(self._last_run), self.plan)
+            return build_report(self._calls[self._last_run], self.executor.reports(self._last_run), self.plan)
 
-    def _note_call(self, run: int, position: Position, start_s: float) -> None:
-        self._last_run = run
-        self._calls.append(CallRecord(position.step, position.channel, start_s, time.perf_counter()))
+    def _note_call(self, call: PlacedCall, start_s: float) -> None:
+        record = CallRecord(call.position.step, call.position.channel, start_s, time.perf_counter())
+        self._last_run = call.run
+        self._calls.setdefault(call.run, []).append(record)
 
     def _refuse_gradients(self, inputs: Inputs) -> None:
         if any(tensor.requires_grad for tensor in inputs.tensors().values()):
@@ -386,24 +351,30 @@ class Installation:
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, stacklevel=6)
+            warn_user(message)
+
+
+class _ContextNames(threading.local):
+    """The name of the cache context that this thread is in."""
+
+    current: str | None = None
 
 
 class _NamedContext:
     """Wraps diffusers' `cache_context` to know the name of the call that is being made."""
 
-    def __init__(self, names: list[str], original: Callable[[str], Any]) -> None:
+    def __init__(self, names: _ContextNames, original: Callable[..., Any]) -> None:
         self._names = names
         self._original = original
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._names.append(name)
+    def __call__(self, name: str, **where: Any) -> Iterator[None]:
+        before, self._names.current = self._names.current, name
         try:
-            with self._original(name):
+            with self._original(name, **where):
                 yield
         finally:
-            self._names.pop()
+            self._names.current = before
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from asyncdiff.pipeline.denoiser import (
     capture_call,
     denoiser_of,
     device_of,
+    refuse_compiled,
     refuse_offloading,
     replaced_forward,
 )
@@ -61,6 +62,7 @@ def parallelize(
             "This pipeline's denoiser is already parallelized; pipelines that share it are served too. Call "
             "handle.remove() first to divide it in another way."
         )
+    refuse_compiled(denoiser)
     refuse_offloading(pipe, denoiser)
     device = device_of(denoiser)
     if plan is not None:
@@ -108,6 +110,7 @@ def plan(
     estimating from FLOPs and bytes; slower, better balanced, and not the same cut every time.
     """
     denoiser = denoiser_of(pipe)
+    refuse_compiled(denoiser)
     refuse_offloading(pipe, denoiser)
     device = device_of(denoiser)
     placement = settle_placement(devices, num_stages, stride, "auto", device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,22 +11,24 @@ from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.pipeline.analysis import Analysis
 from asyncdiff.pipeline.noise_scheduler import timesteps_of
-from asyncdiff.pipeline.timesteps import TimestepMap, input_scale, other_step_names, timestep_name
+from asyncdiff.pipeline.runs import PlacedCall
+from asyncdiff.pipeline.timesteps import input_scale, other_step_names, timestep_name
 from asyncdiff.protocol.messages import Condition
 from asyncdiff.schedule import Round, Schedule, build_schedule
 from asyncdiff.schedule.ops import Compute
-from asyncdiff.tracking import Position
 from asyncdiff.trace import Inputs
+from asyncdiff.tracking import Position
 
 
 @dataclass
 class ChannelState:
     """One channel of a run: which schedule it follows since `schedule.first_step`, for which input structure.
 
-    `arguments`: timestep argument of the denoiser by step.
+    `settings`: what the schedule was built from. `arguments`: timestep argument of the denoiser by step.
     """
 
     analysis: Analysis
+    settings: Settings
     schedule: Schedule
     arguments: dict[int, Any] = field(default_factory=dict)
 
@@ -34,6 +36,18 @@ class ChannelState:
         """Whether its states are those of the previous step of this structure."""
         covers = self.schedule.first_step <= position.step < self.schedule.num_steps
         return self.analysis is analysis and covers and position.first_step <= self.schedule.first_step
+
+    def run_in_order(self, step: int) -> None:
+        """Lengthen warm-up up to and including `step`, which no round has been started for.
+
+        The states of the steps before it stay good: those of the last warm-up step have been sent to every worker
+        that reads them a round later.
+        """
+        schedule = self.schedule
+        self.settings = replace(self.settings, warmup_steps=step + 1 - schedule.first_step)
+        self.schedule = schedule_for(
+            schedule.kind, self.analysis.crossings, self.settings, schedule.first_step, schedule.num_steps
+        )
 
 
 @lru_cache(maxsize=64)
@@ -60,66 +74,64 @@ class Conditions:
     Needed with time shift (the timestep of the step before) and stride > 1 (those of steps to come).
     """
 
-    def __init__(self, settings: Settings, num_train_timesteps: int, scales: tuple[float, ...]) -> None:
+    def __init__(self, settings: Settings, call: PlacedCall, inputs: Inputs) -> None:
         self._settings = settings
-        self._map = TimestepMap(num_train_timesteps, scales)
+        self._call = call
+        self._inputs = inputs
 
-    def observe(self, scheduler: Any, position: Position, inputs: Inputs) -> None:
-        """Learn from a call how the timestep argument follows from the noise scheduler's timestep."""
-        timesteps, argument = timesteps_of(scheduler), timestep_argument(inputs)
-        if self._settings.stride == 1 or timesteps is None or argument is None:
-            return
-        self._map.observe(timesteps[position.timestep_index], argument)
-        if self._map.is_refuted:
-            raise ConfigurationError(self._map.refusal())
+    def observe(self) -> None:
+        """Learn from the call how the timestep argument follows from the noise scheduler's timestep."""
+        timesteps, argument = timesteps_of(self._call.scheduler), timestep_argument(self._inputs)
+        if self._settings.stride > 1 and timesteps is not None and argument is not None:
+            self._call.timesteps.observe(timesteps[self._call.position.timestep_index], argument)
 
-    def for_round(
-        self, round_: Round, scheduler: Any, position: Position, inputs: Inputs, arguments: Mapping[int, Any]
-    ) -> dict[int, Condition] | None:
-        """By condition step, what replaces the call's own timestep and scale; None where it is not known yet."""
+    def for_round(self, round_: Round, arguments: Mapping[int, Any]) -> dict[int, Condition] | None:
+        """By condition step, what replaces the call's own timestep and scale; None where it is not known yet.
+
+        `arguments`: timestep argument of the denoiser at steps that were.
+        """
         found: dict[int, Condition] = {}
         for condition_step, evaluated in _condition_steps(round_, self._settings.time_shift).items():
-            scale = self._scale(scheduler, position, evaluated, inputs)
-            if condition_step == position.step and scale == 1.0:
+            scale = self._scale(evaluated)
+            if condition_step == self._call.position.step and scale == 1.0:
                 continue
-            timestep = self._timestep(condition_step, scheduler, position, inputs, arguments)
+            timestep = arguments[condition_step] if condition_step in arguments else self._ahead(condition_step)
             if timestep is None:
                 return None
             found[condition_step] = Condition(timestep, scale)
         return found
 
-    def _timestep(
-        self, step: int, scheduler: Any, position: Position, inputs: Inputs, arguments: Mapping[int, Any]
-    ) -> Any:
-        if step in arguments:
-            return arguments[step]
-        self._refuse_unknown_inputs(inputs)
-        timesteps = timesteps_of(scheduler)
+    def _ahead(self, step: int) -> Any:
+        self._refuse_unknown_inputs()
+        timesteps = timesteps_of(self._call.scheduler)
         assert timesteps is not None
-        index = position.timestep_index + step - position.step
-        return self._map.argument_for(timesteps[index], like=timestep_argument(inputs))
+        return self._call.timesteps.map.argument_for(timesteps[self._index(step)], like=timestep_argument(self._inputs))
 
-    def _refuse_unknown_inputs(self, inputs: Inputs) -> None:
-        others = other_step_names(inputs.names)
-        if others or timestep_argument(inputs) is None:
+    def _refuse_unknown_inputs(self) -> None:
+        others = other_step_names(self._inputs.names)
+        if others or timestep_argument(self._inputs) is None:
             what = f"also varies {', '.join(others)} by step" if others else "takes no timestep that is known"
             raise ConfigurationError(
                 f"stride={self._settings.stride} needs the denoiser's inputs of later steps, but this denoiser "
                 f"{what}. Use stride=1."
             )
 
-    def _scale(self, scheduler: Any, position: Position, step: int, inputs: Inputs) -> float:
+    def _scale(self, step: int) -> float:
         """By how much the latents of the call must be scaled for an evaluation that belongs to `step`."""
+        scheduler, position = self._call.scheduler, self._call.position
         if step == position.step:
             return 1.0
-        own = input_scale(scheduler, position.timestep_index)
-        other = input_scale(scheduler, position.timestep_index + step - position.step)
+        own, other = (input_scale(scheduler, self._index(index)) for index in (position.step, step))
         if own is None or other is None:
             raise ConfigurationError(
                 f"stride={self._settings.stride} needs to know how {type(scheduler).__name__} scales the denoiser's "
                 f"input at later steps, which it does not tell. Use stride=1 or another noise scheduler."
             )
         return other / own
+
+    def _index(self, step: int) -> int:
+        """The step's place in the noise scheduler's timesteps."""
+        return self._call.position.timestep_index + step - self._call.position.step
 
 
 def refuse_scaled_conditions(

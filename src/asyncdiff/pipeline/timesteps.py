@@ -151,6 +151,33 @@ class TimestepMap:
         )
 
 
+class TimestepMemory:
+    """What the runs of one noise scheduler have taught about the timestep argument.
+
+    Kept from run to run: an argument that fits several forms (0 is 0 in all of them) costs a step in order the first
+    time only. A pipeline that computes it in another way than the last one did starts over.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000, scales: Sequence[float] = ()) -> None:
+        self._settings = (num_train_timesteps, scales)
+        self._is_of_this_run = False
+        self.map = TimestepMap(*self._settings)
+
+    def begin_run(self) -> None:
+        """What was learned so far is of earlier runs."""
+        self._is_of_this_run = False
+
+    def observe(self, scheduler_timestep: Number, argument: Number) -> None:
+        """Note a call; `ConfigurationError` where its argument is no known function of the timestep."""
+        self.map.observe(scheduler_timestep, argument)
+        if self.map.is_refuted and not self._is_of_this_run:
+            self.map = TimestepMap(*self._settings)
+            self.map.observe(scheduler_timestep, argument)
+        self._is_of_this_run = True
+        if self.map.is_refuted:
+            raise ConfigurationError(self.map.refusal())
+
+
 def input_scale(scheduler: Any, index: int) -> float | None:
     """The factor by which `scheduler.scale_model_input` multiplies latents at `timesteps[index]`.
 

@@ -5,6 +5,7 @@ from asyncdiff.planner.names import block_name, partition_by_names
 from asyncdiff.planner.partitioning import partition_chain, partition_nested, stage_speeds
 from asyncdiff.planner.plan import Plan, make_plan
 from asyncdiff.planner.predictions import Predictions, predict
+from asyncdiff.planner.timing import simulate_plan
 
 __all__ = [
     "Plan",
@@ -17,5 +18,6 @@ __all__ = [
     "partition_chain",
     "partition_nested",
     "predict",
+    "simulate_plan",
     "stage_speeds",
 ]

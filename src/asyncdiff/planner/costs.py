@@ -15,11 +15,12 @@ class Rates(NamedTuple):
 
 
 # Only ratios decide where a cut goes; the absolute figures are orders of magnitude for one typical device.
-# "cpu": a few cores with AVX2 and two memory channels (half precision is computed in float32 where there is
-# no AMX, so it gains nothing but bytes). "cuda": about half of an A100's peak without TF32, and of its
-# memory bandwidth.
+# "cpu": a core or a few, with AVX-512 or so and two memory channels; bfloat16 with AVX512-BF16 or AMX, where
+# a core does matrix products so fast that memory traffic counts (fitted to the blocks of SD2.1 at 256 px,
+# `asyncdiff bench step`). "cuda": about half of an A100's peak without TF32, and of its memory bandwidth.
 _RATES = {
     ("cpu", "float32"): Rates(1.5e11, 2.0e10),
+    ("cpu", "bfloat16"): Rates(8.0e11, 1.5e10),
     ("cuda", "float32"): Rates(1.0e13, 1.0e12),
     ("cuda", "float16"): Rates(1.2e14, 1.0e12),
     ("cuda", "bfloat16"): Rates(1.2e14, 1.0e12),

@@ -1,8 +1,8 @@
 """Where to cut: the least possible largest stage, then the fewest bytes that cross, both exact.
 
 The least largest stage is found by bisection on a limit: dynamic programming from the last stage to the first
-says how far the stages reach under it. Within that limit (and a tolerance on top) dynamic programming over cut
-points finds the fewest crossing bytes: they are a sum over stages.
+says how far the stages reach under it. Within that limit (and a tolerance on top) dynamic programming over
+cut points finds the fewest crossing bytes: they are a sum over stages.
 
 n blocks, N stages; `cuts` are positions between blocks, stage k of a chain holding [cuts[k], cuts[k + 1]).
 """
@@ -19,7 +19,7 @@ from asyncdiff.planner.crossing import EnteringBytes
 
 _ROUNDING = 1e-9  # relative: differences of prefix sums are not exact
 
-# (crossing bytes, sum of the stages' squared seconds) and the cuts: the first decides, the second makes stages even.
+# (crossing bytes, sum of squared seconds) and cuts: bytes decide, and at equal bytes the most even stages.
 _Choice: TypeAlias = tuple[tuple[float, float], tuple[int, ...]]
 
 
@@ -113,8 +113,8 @@ def _furthest(load: Load, stages: range, limit: float, *, reserve: int) -> list[
     """For every position, the furthest end that stages starting there reach; 0 where they do not fit.
 
     Each stage has at least one block and stays within the limit; `reserve` blocks are left over at the end.
-    Filling each stage in turn as far as it goes would be simpler and is wrong: with devices of unequal speeds it
-    can leave a slow one before a block that only the next can take.
+    Filling each stage in turn as far as it goes would be simpler and is wrong: with devices of unequal
+    speeds it can leave a slow one before a block that only the next can take.
     """
     n = load.num_blocks
     reach = [*range(n + 1 - reserve), *[0] * reserve]

@@ -88,6 +88,8 @@ _PREDICTIONS = {
     "balance": _exactly(float),
     "ideal_speedup": _exactly(float),
     "crossing_bytes_per_step": _exactly(float),
+    "crossing_bytes": _list_of(_list_of(_exactly(int))),
+    "prediction_bytes": _exactly(int),
     "parameter_bytes": _list_of(_exactly(int)),
 }
 _PLAN = {

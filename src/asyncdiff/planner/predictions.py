@@ -14,12 +14,13 @@ from asyncdiff.planner.partitioning import stage_speeds
 class Predictions:
     """Figures of a partition on stated devices; seconds are as good as the block seconds they come from.
 
-    `segment_seconds`: per segment, on a device of speed 1, glue counted with the first segment of each stage
-    (as `simulate` wants them). `stage_seconds`: per stage, one forward on its own (slowest) device.
+    `segment_seconds`: per segment, on a device of speed 1, glue counted with the first segment of each
+    stage (as `simulate` wants them). `stage_seconds`: per stage, one forward on its own (slowest) device.
     `balance`: largest stage x number of stages / sum; 1 is perfect, 1.2 means 20 % above it.
     `ideal_speedup`: of an asynchronous step over the unsplit model on the driver's device, without transfers
-    and warm-up. `crossing_bytes_per_step`: all messages between stages, the prediction and the denoiser's
-    inputs not included. `parameter_bytes`: the weights each stage holds.
+    and warm-up. `crossing_bytes_per_step`: all messages between stages, the prediction and the
+    denoiser's inputs not included. `crossing_bytes`: (producing segment, reading segment, bytes) of each.
+    `prediction_bytes`: of one prediction. `parameter_bytes`: the weights each stage holds.
     """
 
     segment_seconds: tuple[float, ...]
@@ -27,6 +28,8 @@ class Predictions:
     balance: float
     ideal_speedup: float
     crossing_bytes_per_step: float
+    crossing_bytes: tuple[tuple[int, int, int], ...]
+    prediction_bytes: int
     parameter_bytes: tuple[int, ...]
 
 
@@ -54,6 +57,8 @@ def predict(
         balance=_ratio(max(by_stage) * len(by_stage), sum(by_stage)),
         ideal_speedup=_ratio((sum(seconds) + glue) / driver_speed, max(by_stage) / stride),
         crossing_bytes_per_step=_crossing_bytes_per_step(graph, partition, segments, stride),
+        crossing_bytes=tuple((*pair, size) for pair, size in crossing_bytes(graph, segments).items()),
+        prediction_bytes=sum(spec.num_bytes for spec in graph.outputs),
         parameter_bytes=tuple(_parameter_bytes(graph, partition, stage) for stage in range(len(by_stage))),
     )
 

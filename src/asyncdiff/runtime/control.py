@@ -7,21 +7,43 @@ stopped one is told from a busy one.
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
+import socket
+import struct
+import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 from asyncdiff.errors import WorkerError
-from asyncdiff.protocol.messages import Failure, Farewell, Ping, Pong, Reply, WorkerHello
+from asyncdiff.protocol.messages import AbortRun, Failure, Farewell, Ping, Pong, Reply, WorkerHello
+from asyncdiff.runtime.interrupts import interrupts_deferred
 
 PING_AFTER_S = 2.0
-"""How long the driver waits for a worker before it asks whether it is alive."""
+"""How long the driver waits for a worker before it asks whether it is alive, and how often it asks then."""
 
 STALLED_AFTER_S = 6.0
 """How long a ping may stay unanswered before the worker counts as stalled."""
+
+_CHECK_INTERVAL_S = 0.1
+_WAY_OUT = "Call handle.remove() to get back what the other workers hold, then parallelize again."
+_SEND_TIMEOUT_S = 10
+
+
+class WorkerLostError(WorkerError):
+    """The worker is gone or does not answer, and with it what it held."""
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What the driver is waiting for, to be named when it does not come."""
+
+    operation: str
+    step: int | None = None
 
 
 def send_message(connection: Connection, message: object) -> None:
@@ -34,6 +56,41 @@ def receive_message(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
+def socket_of(connection: Connection) -> socket.socket:
+    """The connection's socket (a duplicate descriptor), with the options a control connection needs.
+
+    Keep-alive notices that another machine has vanished. A send that blocks this long fails: the peer reads in a
+    thread that does nothing else, so a full buffer means that it is stopped.
+    """
+    duplicate = socket.socket(fileno=os.dup(connection.fileno()))
+    duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform != "win32":
+        timeout = struct.pack("ll", _SEND_TIMEOUT_S, 0)
+        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+    if sys.platform == "linux":
+        duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    return duplicate
+
+
+@dataclass
+class _SessionState:
+    """The driver's view of one session on one worker.
+
+    Requests are answered in order, so the n-th answer belongs to the n-th request: an answer that nobody waited
+    for (Ctrl-C, a failure elsewhere) is told from the one that is wanted. `runs`: those that are going on.
+    `stage`: the one it holds.
+    """
+
+    answers: queue.SimpleQueue[tuple[int, Reply | Failure]] = field(default_factory=queue.SimpleQueue)
+    num_requests: int = 0
+    num_answers: int = 0
+    runs: set[int] = field(default_factory=set)
+    failure: Failure | None = None
+    stage: int | None = None
+
+
 class WorkerConnection:
     """The driver's end of one worker's control connection. `rank` is the worker's global rank."""
 
@@ -42,14 +99,14 @@ class WorkerConnection:
         self.pid = hello.pid
         self.host = hello.host
         self.device = hello.device
-        self._connection = connection
-        self._send_lock = threading.Lock()
-        self._replies: dict[int, queue.SimpleQueue[Any]] = {}
-        self._failures: dict[int, Failure] = {}
-        self._gone = threading.Event()
-        self._ping_number = 0
-        self._ping_sent_s: float | None = None
         self.clock_offset_s = 0.0
+        self._connection = connection
+        self._socket = socket_of(connection)
+        self._send_lock = threading.Lock()
+        self._sessions: dict[int, _SessionState] = {}
+        self._runs_lock = threading.Lock()
+        self._gone = threading.Event()
+        self._ping = _PingState()
         threading.Thread(target=self._read, name=f"asyncdiff-control-{self.rank}", daemon=True).start()
 
     @property
@@ -57,58 +114,99 @@ class WorkerConnection:
         """Whether the worker's end has closed."""
         return self._gone.is_set()
 
+    # -- messages ----------------------------------------------------------------------------------------------
+
     def send(self, message: object) -> None:
-        """Send a message; `WorkerError` if the worker is gone."""
+        """Send a message, whole even if Ctrl-C comes; `WorkerError` if the worker is gone."""
         try:
-            with self._send_lock:
+            with interrupts_deferred(), self._send_lock:
                 send_message(self._connection, message)
         except OSError as error:
             self._gone.set()
-            raise self.death() from error
+            raise self.lost(None, Doing("sending a message")) from error
 
     def open_session(self, session: int) -> None:
-        self._replies[session] = queue.SimpleQueue()
+        self._sessions[session] = _SessionState()
 
-    def reply(self, session: int, operation: str) -> Any:
-        """Wait for the answer to the session's last request; `WorkerError` if the worker fails, dies or stalls."""
+    def set_stage(self, session: int, stage: int) -> None:
+        """Note which stage the worker holds, for errors."""
+        self._sessions[session].stage = stage
+
+    def close_session(self, session: int) -> None:
+        self._sessions.pop(session, None)
+
+    def request(self, session: int, message: object) -> int:
+        """Send what the worker answers; the number of the request, for `reply`."""
+        with interrupts_deferred():
+            self._sessions[session].num_requests += 1
+            self.send(message)
+            return self._sessions[session].num_requests
+
+    def reply(self, session: int, number: int, doing: Doing) -> Any:
+        """Wait for the answer to a request; `WorkerError` if the worker fails, dies or stalls."""
         started = time.monotonic()
         while True:
             try:
-                return self._replies[session].get(timeout=0.1)
+                answered, answer = self._sessions[session].answers.get(timeout=_CHECK_INTERVAL_S)
             except queue.Empty:
-                self.check(session, waited_s=time.monotonic() - started, operation=operation)
+                self.check(session, waited_s=time.monotonic() - started, doing=doing)
+                continue
+            if answered == number:
+                if isinstance(answer, Failure):
+                    raise self.failure_error(answer)
+                return answer.payload
 
-    def check(self, session: int, *, waited_s: float, operation: str) -> None:
-        """Raise `WorkerError` if the worker has failed in this session, is gone, or does not answer pings."""
-        if session in self._failures:
-            raise self.failure_error(session)
+    # -- runs --------------------------------------------------------------------------------------------------
+
+    def begin_run(self, session: int, run: int) -> None:
+        """From now on a failure in this run is ours to raise."""
+        self._sessions[session].runs.add(run)
+
+    def end_run(self, session: int, run: int) -> None:
+        """The run is over: a failure in it, noticed or still to come, is answered with `AbortRun`."""
+        with self._runs_lock:
+            state = self._sessions[session]
+            state.runs.discard(run)
+            has_failed = state.failure is not None and state.failure.run == run
+            if has_failed:
+                state.failure = None
+        if has_failed:
+            self.send(AbortRun(session, run))
+
+    def failure(self, session: int) -> Failure | None:
+        """What failed in a run that is going on."""
+        return self._sessions[session].failure
+
+    # -- is it alive? ------------------------------------------------------------------------------------------
+
+    def check(self, session: int, *, waited_s: float, doing: Doing) -> None:
+        """Raise `WorkerError` if a run that is going on failed, or the worker is gone or does not answer pings."""
+        failure = self.failure(session)
+        if failure is not None:
+            raise self.failure_error(failure)
         if self.is_gone:
-            raise self.death(operation)
+            raise self.lost(session, doing)
         if waited_s < PING_AFTER_S:
-            self._ping_sent_s = None
-        elif self._ping_sent_s is None:
-            self._ping()
-        elif time.monotonic() - self._ping_sent_s > STALLED_AFTER_S:
-            raise WorkerError(
-                f"Worker rank {self.rank} (process {self.pid} on {self.host}) has not answered for "
-                f"{STALLED_AFTER_S:.0f} s while the driver waited for it ({operation}): it is stopped or hangs.",
-                rank=self.rank,
-                operation=operation,
-            )
+            return
+        unheard_s = time.monotonic() - self._ping.sent_s
+        if self._ping.is_answered and unheard_s > PING_AFTER_S:
+            self.ping()
+        elif not self._ping.is_answered and unheard_s > STALLED_AFTER_S:
+            time.sleep(_CHECK_INTERVAL_S)  # if it was the driver that was stopped, the answer is there, unread
+            if not self._ping.is_answered:
+                raise self.lost(session, doing)
 
-    def failed_run(self, session: int) -> int | None:
-        """The run whose round failed on this worker, if one did since the last `clear_failure`."""
-        failure = self._failures.get(session)
-        return failure.run if failure else None
+    def ping(self) -> None:
+        """Ask for a sign of life, which also tells the worker's clock."""
+        self._ping = _PingState(self._ping.number + 1, time.monotonic(), time.perf_counter(), is_answered=False)
+        self.send(Ping(self._ping.number))
 
-    def clear_failure(self, session: int) -> None:
-        self._failures.pop(session, None)
+    # -- errors ------------------------------------------------------------------------------------------------
 
-    def failure_error(self, session: int) -> WorkerError:
-        """The error to raise for the failure that the worker reported."""
-        failure = self._failures[session]
+    def failure_error(self, failure: Failure) -> WorkerError:
+        """The error to raise for a failure that the worker reported."""
         at_step = "" if failure.step is None else f" at step {failure.step}"
-        of_stage = "" if failure.stage is None else f" of stage {failure.stage}"
+        of_stage = "" if failure.stage is None else f" (stage {failure.stage})"
         error = WorkerError(
             f"Worker rank {self.rank}{of_stage} failed{at_step} in {failure.operation}: {failure.message}",
             rank=self.rank,
@@ -116,18 +214,28 @@ class WorkerConnection:
             step=failure.step,
             operation=failure.operation,
         )
-        error.add_note(f"Traceback of worker rank {self.rank}:\n{failure.details}")
+        if failure.details:
+            error.add_note(f"Traceback of worker rank {self.rank}:\n{failure.details}")
         return error
 
-    def death(self, operation: str | None = None) -> WorkerError:
-        """The error to raise when the worker is gone."""
-        during = f" ({operation})" if operation else ""
-        return WorkerError(
-            f"Worker rank {self.rank} (process {self.pid} on {self.host}) ended unexpectedly{during}. Call "
-            f"handle.remove() to get back what the other workers hold, then parallelize again.",
+    def lost(self, session: int | None, doing: Doing) -> WorkerLostError:
+        """The error to raise when the worker is gone, or does not answer."""
+        stage = self._sessions[session].stage if session is not None and session in self._sessions else None
+        of_stage = "" if stage is None else f", stage {stage}"
+        at_step = "" if doing.step is None else f" at step {doing.step}"
+        what = "ended unexpectedly"
+        if not self.is_gone:
+            what = f"is stopped or hangs: it has not answered for {STALLED_AFTER_S:.0f} s"
+        return WorkerLostError(
+            f"Worker rank {self.rank} (process {self.pid} on {self.host}{of_stage}) {what}{at_step}, while the driver "
+            f"was {doing.operation}. {_WAY_OUT}",
             rank=self.rank,
-            operation=operation,
+            stage=stage,
+            step=doing.step,
+            operation=doing.operation,
         )
+
+    # -- the end -----------------------------------------------------------------------------------------------
 
     def farewell(self) -> None:
         """Tell the worker to end, and close."""
@@ -140,33 +248,57 @@ class WorkerConnection:
         self.close()
 
     def close(self) -> None:
+        """Wakes the reading thread, which then closes: a descriptor closed under a blocked read may be reused."""
         self._gone.set()
-        self._connection.close()
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other end was faster
 
-    def measure_clock(self) -> None:
-        """Estimate the worker's `time.perf_counter()` minus ours, for traces that show several processes."""
-        self._ping()
-
-    def _ping(self) -> None:
-        self._ping_number += 1
-        self._ping_sent_s = time.monotonic()
-        self._ping_clock_s = time.perf_counter()
-        self.send(Ping(self._ping_number))
+    # -- the reading thread ------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         try:
             while True:
                 self._take(receive_message(self._connection))
-        except (EOFError, OSError, TypeError):  # TypeError: closed by us while waiting
+        except (EOFError, OSError):
             self._gone.set()
+        with self._send_lock:
+            self._connection.close()
+            self._socket.close()
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Pong):
-            if message.number == self._ping_number:
-                middle = (self._ping_clock_s + time.perf_counter()) / 2
-                self.clock_offset_s = message.clock_s - middle
-                self._ping_sent_s = None
-        elif isinstance(message, Failure):
-            self._failures[message.session] = message
-        elif isinstance(message, Reply) and message.session in self._replies:
-            self._replies[message.session].put(message.payload)
+            self._take_pong(message)
+        elif isinstance(message, Failure | Reply) and message.session in self._sessions:
+            state = self._sessions[message.session]
+            if isinstance(message, Failure) and message.run is not None:
+                self._take_failure(state, message, message.run)
+            else:
+                state.num_answers += 1
+                state.answers.put((state.num_answers, message))
+
+    def _take_pong(self, message: Pong) -> None:
+        ping = self._ping
+        if message.number == ping.number:
+            self.clock_offset_s = message.clock_s - (ping.clock_s + time.perf_counter()) / 2
+            ping.is_answered = True
+
+    def _take_failure(self, state: _SessionState, failure: Failure, run: int) -> None:
+        with self._runs_lock:
+            is_ours = run in state.runs
+            if is_ours:
+                state.failure = failure
+        if not is_ours:
+            with self._send_lock:
+                send_message(self._connection, AbortRun(failure.session, run))
+
+
+@dataclass
+class _PingState:
+    """The last ping: its number, and when it was sent by `time.monotonic()` and by `time.perf_counter()`."""
+
+    number: int = 0
+    sent_s: float = 0.0
+    clock_s: float = 0.0
+    is_answered: bool = True

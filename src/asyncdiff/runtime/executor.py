@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import psutil
 import torch
 from torch import nn
 
+from asyncdiff.errors import ParallelizedError
 from asyncdiff.graph.wiring import Wiring
 from asyncdiff.protocol.messages import Condition, WorkerReport
 from asyncdiff.runtime.interpreter import RoundTask
@@ -84,6 +85,15 @@ class Executor(Protocol):
         """Stop the workers. Safe to call twice."""
 
 
+def refuse_aborted(run: int, aborted: Collection[int]) -> None:
+    """`ParallelizedError` for a run whose states are gone, because an error or Ctrl-C ended one of its steps."""
+    if run in aborted:
+        raise ParallelizedError(
+            "An earlier step of this run was ended by an error or an interrupt, so the run cannot go on. Call the "
+            "pipeline again."
+        )
+
+
 def process_report(interpreter_records: tuple, weight_bytes: int) -> WorkerReport:
     """A report of this process."""
     return WorkerReport(
@@ -95,9 +105,5 @@ def process_report(interpreter_records: tuple, weight_bytes: int) -> WorkerRepor
 
 
 def resident_bytes_of_process() -> int:
-    """Resident set size of this process in bytes, now; the peak where the system does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Resident set size of this process in bytes, now."""
+    return int(psutil.Process().memory_info().rss)

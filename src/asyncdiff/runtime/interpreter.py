@@ -6,7 +6,8 @@ The same code runs in the local executor, in the driver (rank 0) and in the work
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from asyncdiff.graph import Atom, TensorSpec
 from asyncdiff.graph.wiring import Wiring
 from asyncdiff.protocol.messages import Condition, RoundRecord
+from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.runtime.link import Link, Parcel, Pending, Stream
 from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Value
 from asyncdiff.stage import StageReplica
@@ -73,45 +75,13 @@ class StageInterpreter:
 
     def run_round(self, task: RoundTask) -> None:
         """Carry out the rank's operations. After an exception `settle` must be called before the next round."""
-        clock = _Clock()
-        wiring = self._wirings[task.key]
-        states = self._post(task, wiring)
-        for computes in _forwards(task.ops):
-            self._forward(task, wiring, states, computes, clock)
-        states.forget_before(task.history_depth)
-        self._records.append(clock.record(task))
+        self.post(task)
+        self.compute(task)
 
-    def skip_round(self, task: RoundTask) -> None:
-        """Take part in the round's transfers without computing anything: the run has been aborted."""
-        self._post(task, self._wirings[task.key])
-        self.settle()
-
-    def settle(self) -> None:
-        """Send fillers for whatever the last round still owes its peers, so that every transfer has its match."""
-        for (rank, parcel), spec in self._debts.items():
-            self._link.send(rank, parcel, empty_tensor(spec, self._device).zero_(), spec)
-        self._debts = {}
-
-    def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
-        """The tensor leaves of a prediction, waited for; each prediction is handed out once."""
-        return [leaf.wait() for leaf in self._predictions.pop((run, channel, step))]
-
-    def end_runs(self, runs: tuple[int, ...]) -> None:
-        """Forget the states and predictions of these runs."""
-        for table in (self._states, self._predictions):
-            for key in [key for key in table if key[0] in runs]:
-                del table[key]  # type: ignore[attr-defined]
-
-    def take_records(self, run: int | None) -> tuple[RoundRecord, ...]:
-        """What was recorded of a run (None: of all of them); records of older runs are dropped."""
-        taken = tuple(record for record in self._records if run is None or record.run == run)
-        self._records = [record for record in self._records if run is not None and record.run > run]
-        return taken
-
-    # -- transfers ---------------------------------------------------------------------------------------------
-
-    def _post(self, task: RoundTask, wiring: Wiring) -> States:
+    def post(self, task: RoundTask) -> None:
         """Note what the round owes and ask for all it receives, before anything is computed."""
+        self.where = (task.first_step, "posting its transfers")
+        wiring = self._wirings[task.key]
         states = self._states.setdefault((task.run, task.channel), States())
         self._debts = dict(self._owed(task, wiring))
         for op in task.ops:
@@ -119,7 +89,48 @@ class StageInterpreter:
                 states.expect(op.value, self._receive_state(task, wiring, op))
             elif isinstance(op, Predict) and op.from_rank != self.rank:
                 self._predictions[task.run, task.channel, op.step] = self._receive_prediction(task, wiring, op)
-        return states
+
+    def compute(self, task: RoundTask) -> None:
+        """The forwards of a posted round."""
+        clock = _Clock()
+        wiring, states = self._wirings[task.key], self._states[task.run, task.channel]
+        for computes in _forwards(task.ops):
+            self._forward(task, wiring, states, computes, clock)
+        states.forget_before(task.history_depth)
+        self._records.append(clock.record(task))
+
+    def skip_round(self, task: RoundTask) -> None:
+        """Take part in the round's transfers without computing anything: the run has been aborted."""
+        self.post(task)
+        self.settle()
+
+    def settle(self, lost_ranks: Collection[int] = ()) -> None:
+        """Send fillers for whatever the last round still owes its peers, so that every transfer has its match.
+
+        Nothing is sent to `lost_ranks`. A transfer that fails is owed to a worker that died: the driver tells the
+        others, which then join a new transport.
+        """
+        debts, self._debts = self._debts, {}
+        for (rank, parcel), spec in debts.items():
+            if rank not in lost_ranks:
+                with suppress(RuntimeError):
+                    self._link.send(rank, parcel, empty_tensor(spec, self._device).zero_(), spec)
+
+    def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
+        """The tensor leaves of a prediction, waited for; each prediction is handed out once."""
+        return [leaf.wait() for leaf in self._predictions.pop((run, channel, step))]
+
+    def end_runs(self, runs: tuple[int, ...]) -> None:
+        """Forget the states, predictions and records of these runs."""
+        self._states = {key: states for key, states in self._states.items() if key[0] not in runs}
+        self._predictions = {key: leaves for key, leaves in self._predictions.items() if key[0] not in runs}
+        self._records = [record for record in self._records if record.run not in runs]
+
+    def take_records(self, run: int | None) -> tuple[RoundRecord, ...]:
+        """What was recorded of a run (None: of all that have not been ended)."""
+        return tuple(record for record in self._records if run is None or record.run == run)
+
+    # -- transfers ---------------------------------------------------------------------------------------------
 
     def _owed(self, task: RoundTask, wiring: Wiring) -> Iterator[tuple[tuple[int, Parcel], TensorSpec]]:
         """Every tensor this rank has to send in the round, in order."""
@@ -133,10 +144,10 @@ class StageInterpreter:
 
     def _pay(self, rank: int, parcel: Parcel, tensor: torch.Tensor, clock: _Clock) -> None:
         spec = self._debts[rank, parcel]
-        with clock.measure(f"send to {rank}", "send"):
+        with clock.measure(f"send to {rank}", "send"), interrupts_deferred():
             self._link.send(rank, parcel, tensor, spec)
+            del self._debts[rank, parcel]
         clock.bytes_sent += spec.num_bytes
-        del self._debts[rank, parcel]
 
     def _receive_state(self, task: RoundTask, wiring: Wiring, op: Recv) -> dict[Atom, Pending]:
         return {
@@ -157,15 +168,7 @@ class StageInterpreter:
     ) -> None:
         first = next(iter(computes.values()))
         self.where = (first.step, f"forward of stage {self.stage}")
-        recipients: dict[Value, list[int]] = {}
-        for op in task.ops:
-            if isinstance(op, Send):
-                recipients.setdefault(op.value, []).append(op.to_rank)
-        specs = {
-            pair: dict(atoms)
-            for pair, atoms in wiring.crossing.items()
-            if pair[0] in computes
-        }
+        recipients = _recipients(task.ops, computes)
 
         def read(segment: int, atom: Atom) -> torch.Tensor:
             how = next(r for r in computes[segment].reads if r.segment == wiring.segment_of[atom.block])
@@ -173,10 +176,11 @@ class StageInterpreter:
                 return states.read(how, atom)
 
         def emit(atom: Atom, tensor: torch.Tensor) -> None:
-            compute = computes.get(wiring.segment_of[atom.block])
-            for rank in recipients.get(compute.value, ()) if compute else ():
-                if atom in specs[compute.segment, self._rank_stages[rank]]:
-                    self._pay(rank, _state_parcel(task, compute.value, atom, rank), tensor, clock)
+            segment = wiring.segment_of[atom.block]
+            for value, rank in recipients.get(segment, ()):
+                parcel = _state_parcel(task, value, atom, rank)
+                if (rank, parcel) in self._debts:  # else this reader does not use the leaf
+                    self._pay(rank, parcel, tensor, clock)
 
         with clock.measure(f"stage {self.stage} step {first.step}", "compute"):
             output = self._replica.run(task.key, *_conditioned(task, first), read, emit)
@@ -275,6 +279,15 @@ def _forwards(ops: tuple[Op, ...]) -> Iterator[dict[int, Compute]]:
         if isinstance(op, Compute):
             by_step.setdefault(op.step, {})[op.segment] = op
     yield from by_step.values()
+
+
+def _recipients(ops: tuple[Op, ...], computes: dict[int, Compute]) -> dict[int, list[tuple[Value, int]]]:
+    """Who is sent what these computes produce: by segment, (value, rank) pairs."""
+    found: dict[int, list[tuple[Value, int]]] = {}
+    for op in ops:
+        if isinstance(op, Send) and op.value.segment in computes and computes[op.value.segment].value == op.value:
+            found.setdefault(op.value.segment, []).append((op.value, op.to_rank))
+    return found
 
 
 def _conditioned(task: RoundTask, compute: Compute) -> tuple[Mapping[str, torch.Tensor], Mapping[str, float]]:

@@ -13,7 +13,7 @@ from torch import nn
 from asyncdiff.graph import TensorSpec
 from asyncdiff.graph.wiring import Wiring
 from asyncdiff.protocol.messages import WorkerReport
-from asyncdiff.runtime.executor import RoundCall, process_report
+from asyncdiff.runtime.executor import RoundCall, process_report, refuse_aborted
 from asyncdiff.runtime.interpreter import RoundTask, StageInterpreter
 from asyncdiff.runtime.link import Parcel, Pending
 from asyncdiff.stage import StageReplica, StageSpec
@@ -31,6 +31,7 @@ class LocalExecutor:
         self._not_started: dict[int, RoundTask] = {}
         self._sent: dict[Parcel, torch.Tensor] = {}
         self._expected: dict[Parcel, _LocalPending] = {}
+        self._aborted: set[int] = set()
 
     def install(
         self,
@@ -58,6 +59,8 @@ class LocalExecutor:
             interpreter.wire(key, wiring)
 
     def run_round(self, call: RoundCall) -> None:
+        refuse_aborted(call.run, self._aborted)
+        self._aborted.difference_update(call.ended_runs)
         for interpreter in self._interpreters:
             interpreter.end_runs(call.ended_runs)
         self._not_started = {rank: call.task(rank) for rank in range(len(self._rank_stages))}
@@ -65,6 +68,9 @@ class LocalExecutor:
             for rank in range(len(self._rank_stages)):
                 self.start(rank)
             assert not self._sent and not self._expected, "a transfer of the round had no match"
+        except BaseException:
+            self._aborted.add(call.run)
+            raise
         finally:
             self._not_started, self._sent, self._expected = {}, {}, {}
 

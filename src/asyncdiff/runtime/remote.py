@@ -6,7 +6,8 @@ import itertools
 import time
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,13 +32,13 @@ from asyncdiff.protocol.messages import (
     TransferredInput,
     WorkerReport,
 )
-from asyncdiff.runtime.control import WorkerConnection
-from asyncdiff.runtime.executor import RoundCall, process_report
+from asyncdiff.runtime.control import Doing, WorkerConnection, WorkerLostError
+from asyncdiff.runtime.executor import RoundCall, process_report, refuse_aborted
 from asyncdiff.runtime.interpreter import StageInterpreter
+from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.runtime.link import Parcel, Stream
 from asyncdiff.runtime.session import STORE_TIMEOUT
 from asyncdiff.runtime.transport import Transport, choose_backend, open_transport
-from asyncdiff.schedule.ops import Op
 from asyncdiff.stage import StageReplica, StageSpec
 from asyncdiff.weights import (
     Skeleton,
@@ -48,7 +49,7 @@ from asyncdiff.weights import (
     named_tensors,
     resident_bytes,
 )
-from asyncdiff.weights.ownership import tensor_spec
+from asyncdiff.weights.ownership import bytes_of, tensor_spec
 from asyncdiff.weights.source import checksum
 
 _INLINE_BYTES = 1024
@@ -99,39 +100,45 @@ class RemoteExecutor:
         self._needed: dict[int, dict[int, tuple[str, ...]]] = {}
         self._members: tuple[int, ...] = ()
         self._last_inputs: dict[tuple[int, int, Hashable], dict[str, tuple[torch.Tensor, int]]] = {}
+        self._runs: set[int] = set()
+        self._aborted: set[int] = set()
         self._progress_s = time.monotonic()
-        self._operation = ""
-        self._broken: WorkerError | None = None
+        self._doing = Doing("starting")
+        self._lost: dict[int, WorkerLostError] = {}
+        self._broken: Exception | None = None
         self._closed = False
-        self._open(threads, host)
+        try:
+            self._open(threads, host)
+        except BaseException:
+            self.close()
+            raise
 
     # -- setting up --------------------------------------------------------------------------------------------
 
     def _open(self, threads: list[int | None], host: str) -> None:
+        numbers = {}
         for rank, connection in self._connections():
             connection.open_session(self._session)
-            connection.send(
-                OpenSession(
-                    session=self._session,
-                    rank=rank,
-                    device=self._devices[rank],
-                    threads=threads[rank],
-                    store=(host, self._store.port),
-                )
+            opening = OpenSession(
+                session=self._session,
+                rank=rank,
+                device=self._devices[rank],
+                threads=threads[rank],
+                store=(host, self._store.port),
             )
-        self._await_replies("opening its device")
+            numbers[rank] = connection.request(self._session, opening)
+        self._await_replies(numbers, "waiting for it to open its device")
         self._join(tuple(range(len(self._devices))))
 
     def _join(self, ranks: tuple[int, ...]) -> None:
         """Form the data transport among these ranks; the rank within it is the position in `ranks`."""
-        backend = choose_backend([self._devices[rank] for rank in ranks])
+        backend = choose_backend([(self._host_of(rank), self._devices[rank]) for rank in ranks])
         prefix = f"asyncdiff/{self._session}/{next(self._prefixes)}"
         message = JoinTransport(self._session, ranks, backend, prefix, self._workers.is_local)
-        others = [rank for rank in ranks if rank != 0]
-        for rank in others:
-            self._workers.connections[rank].send(message)
+        numbers = self._request({rank: message for rank in ranks if rank != 0})
         if self._transport is not None:
             self._transport.close()
+        self._note_progress("joining it in a transport")
         self._transport = open_transport(
             backend,
             dist.PrefixStore(prefix, self._store),
@@ -142,7 +149,10 @@ class RemoteExecutor:
             watch=self._watch,
         )
         self._members = ranks
-        self._await_replies("joining the transport", others)
+        self._await_replies(numbers, "joining it in a transport")
+
+    def _host_of(self, rank: int) -> str:
+        return "" if rank == 0 or self._workers.is_local else self._workers.connections[rank].host
 
     def install(
         self,
@@ -151,10 +161,31 @@ class RemoteExecutor:
         rank_stages: tuple[int, ...],
         held: Mapping[int, Collection[str]],
     ) -> None:
-        """Ship each stage its own tensors from the live module, then free in this process what is not ours."""
+        """Ship each stage its own tensors from the live module, then free in this process what is not ours.
+
+        Not interruptible, and if it fails the weights stay or are fetched back by `restore`, but nothing runs.
+        """
+        try:
+            with interrupts_deferred():
+                self._install(module, skeleton, rank_stages, held)
+        except Exception as error:
+            self._note_loss(error)
+            self._broken = error
+            raise
+
+    def _install(
+        self,
+        module: nn.Module,
+        skeleton: Skeleton,
+        rank_stages: tuple[int, ...],
+        held: Mapping[int, Collection[str]],
+    ) -> None:
         self._rank_stages = rank_stages
-        self._send_all(InstallSkeleton(self._session, skeleton, rank_stages))
-        self._await_replies("rebuilding the denoiser")
+        for rank, connection in self._connections():
+            connection.set_stage(self._session, rank_stages[rank])
+        message = InstallSkeleton(self._session, skeleton, rank_stages)
+        numbers = self._request({rank: message for rank, _ in self._connections()})
+        self._await_replies(numbers, "waiting for it to rebuild the denoiser")
         self._ship(module, held)
         self._held[0] = set(held[0])
         own = {name: tensor for name, tensor in named_tensors(module) if name in self._held[0]}
@@ -167,49 +198,78 @@ class RemoteExecutor:
     def _ship(self, module: nn.Module, held: Mapping[int, Collection[str]]) -> None:
         tensors = dict(named_tensors(module))
         assert self._transport is not None
+        numbers = {}
+        self._note_progress("shipping its weights")
         for rank, connection in self._connections():
             wanted = set(held[self._rank_stages[rank]]) - self._held.get(rank, set())
             names = [name for name in tensors if name in wanted]
-            connection.send(
-                ReceiveWeights(self._session, tuple((name, tensor_spec(tensors[name])) for name in names))
-            )
+            specs = tuple((name, tensor_spec(tensors[name])) for name in names)
+            numbers[rank] = connection.request(self._session, ReceiveWeights(self._session, specs))
             for name in names:
                 self._checksums.setdefault(name, checksum([tensors[name]]))
                 self._transport.send(rank, Parcel(Stream.WEIGHTS, name), tensors[name], tensor_spec(tensors[name]))
             self._held[rank] = self._held.get(rank, set()) | wanted
-        self._await_replies("receiving its weights")
+        self._await_replies(numbers, "shipping its weights")
 
     def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
-        for rank, connection in self._connections():
-            connection.send(PrepareStage(self._session, key, specs[self._rank_stages[rank]], wiring))
+        self._refuse_if_broken()
         replica, interpreter = self._replica, self._interpreter
         assert replica is not None and interpreter is not None
+        numbers = self._request(
+            {
+                rank: PrepareStage(self._session, key, specs[self._rank_stages[rank]], wiring)
+                for rank, _ in self._connections()
+            }
+        )
         replica.prepare(key, specs[0])
         interpreter.wire(key, wiring)
         self._needed[key] = {stage: tuple(spec.needed_inputs) for stage, spec in specs.items()}
-        self._await_replies("preparing its stage")
+        self._await_replies(numbers, "waiting for it to prepare its stage")
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
     def run_round(self, call: RoundCall) -> None:
-        self._refuse_if_broken()
+        step = call.round.first_step
+        self._refuse_if_broken(step)
+        refuse_aborted(call.run, self._aborted)
+        self._aborted.difference_update(call.ended_runs)
         interpreter = self._interpreter
         assert interpreter is not None
-        for run in call.ended_runs:
-            self._forget(run)
-        self._note_progress(f"step {call.round.first_step}")
+        self._note_progress("waiting for what its own stage reads", step)
         with self._failing(call.run):
-            for rank, connection in self._connections():
-                if call.round.ops[rank]:
-                    self._dispatch(rank, connection, call)
-            interpreter.run_round(call.task(0))
+            with interrupts_deferred():  # once one worker has its part of a round, all must have theirs
+                for run in call.ended_runs:
+                    self._forget(run)
+                self._begin(call.run)
+                for rank, connection in self._connections():
+                    if call.round.ops[rank]:
+                        self._dispatch(rank, connection, call)
+                interpreter.post(call.task(0))
+            interpreter.compute(call.task(0))
 
     def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
-        self._refuse_if_broken()
+        self._refuse_if_broken(step)
         assert self._interpreter is not None
-        self._note_progress(f"the prediction of step {step}")
+        self._note_progress("waiting for the prediction", step)
         with self._failing(run):
             return self._interpreter.prediction(run, channel, step)
+
+    def _begin(self, run: int) -> None:
+        if run not in self._runs:
+            self._runs.add(run)
+            for _, connection in self._connections():
+                connection.begin_run(self._session, run)
+
+    def _forget(self, run: int) -> None:
+        """The run is over, as far as this process is concerned."""
+        if run not in self._runs:
+            return
+        self._runs.discard(run)
+        for _, connection in self._connections():
+            connection.end_run(self._session, run)
+        assert self._interpreter is not None
+        self._interpreter.end_runs((run,))
+        self._last_inputs = {key: last for key, last in self._last_inputs.items() if key[1] != run}
 
     def _dispatch(self, rank: int, connection: WorkerConnection, call: RoundCall) -> None:
         """One control message, then the inputs that do not fit in it."""
@@ -235,7 +295,9 @@ class RemoteExecutor:
         assert self._transport is not None
         for item in items:
             if isinstance(item, TransferredInput):
-                self._transport.send(rank, Parcel(Stream.INPUT, item.name), call.tensors[item.name], item.spec)
+                # A copy: the noise scheduler or a callback may write into its tensor before a slow reader has it.
+                tensor = call.tensors[item.name].clone()
+                self._transport.send(rank, Parcel(Stream.INPUT, item.name), tensor, item.spec)
 
     def _input_items(self, rank: int, call: RoundCall, needed: Collection[str]) -> Iterator[InputItem]:
         """Constant inputs cross once a run: the same object, not written to since (a reference is held)."""
@@ -246,15 +308,10 @@ class RemoteExecutor:
             if version >= 0 and name in last and last[name][0] is tensor and last[name][1] == version:
                 yield KeptInput(name)
             elif tensor.device.type == "cpu" and (tensor.nbytes <= _INLINE_BYTES or self._device.type != "cpu"):
-                yield InlineInput(name, tensor.detach().clone())
+                yield InlineInput(name, tensor_spec(tensor), bytes_of(tensor))
             else:
                 yield TransferredInput(name, tensor_spec(tensor))
             last[name] = (tensor, version)
-
-    def _forget(self, run: int) -> None:
-        assert self._interpreter is not None
-        self._interpreter.end_runs((run,))
-        self._last_inputs = {key: last for key, last in self._last_inputs.items() if key[1] != run}
 
     # -- what goes wrong ---------------------------------------------------------------------------------------
 
@@ -264,21 +321,25 @@ class RemoteExecutor:
         try:
             yield
         except BaseException as error:
-            cause = self._explain(error)
-            self._abort(run, cause)
+            with interrupts_deferred():
+                cause = self._explain(error)
+                self._note_loss(cause)
+                self._abort(run)
             if cause is error:
                 raise
             raise cause from error
 
     def _explain(self, error: BaseException) -> BaseException:
         """A transfer that broke because a worker died says so; an exception of our own stage says where."""
+        if isinstance(error, WorkerLostError) and error.step is None:
+            return self._workers.connections[error.rank].lost(self._session, self._doing)
         if isinstance(error, WorkerError) or not isinstance(error, Exception):
             return error
         deadline = time.monotonic() + _SETTLE_S
         while isinstance(error, RuntimeError) and time.monotonic() < deadline:
             for _, connection in self._connections():
                 if connection.is_gone:
-                    return connection.death(self._operation)
+                    return connection.lost(self._session, self._doing)
             time.sleep(0.02)
         assert self._interpreter is not None
         step, operation = self._interpreter.where
@@ -290,112 +351,113 @@ class RemoteExecutor:
             operation=operation,
         )
 
-    def _abort(self, run: int, error: BaseException) -> None:
-        if isinstance(error, WorkerError) and error.rank != 0 and self._is_lost(error.rank):
-            self._broken = error
+    def _abort(self, run: int) -> None:
+        """Tell the workers to compute nothing more for the run, and fill what this rank owes them."""
         for rank, connection in self._connections():
-            self._tell_aborted(rank, connection, run)
-        if self._broken is None and self._interpreter is not None:
-            self._interpreter.settle()
-            self._forget(run)
-
-    def _tell_aborted(self, rank: int, connection: WorkerConnection, run: int) -> None:
-        if connection.is_gone:
-            return
-        try:
-            connection.send(AbortRun(self._session, run))
-        except WorkerError as gone:
-            self._broken = self._broken or gone
-        connection.clear_failure(self._session)
-
-    def _is_lost(self, rank: int) -> bool:
-        """Whether the worker is gone or, having stalled, has to be given up."""
-        connection = self._workers.connections[rank]
-        return connection.is_gone or connection.failed_run(self._session) is None
+            if not connection.is_gone:
+                try:
+                    connection.send(AbortRun(self._session, run, transport_is_lost=self._broken is not None))
+                except WorkerLostError as error:
+                    self._lost.setdefault(rank, error)
+                    self._broken = self._broken or error
+        assert self._interpreter is not None
+        self._interpreter.settle(self._lost)
+        self._forget(run)
+        self._aborted.add(run)
 
     def _watch(self) -> None:
         """Called while a transfer is waited for: raise if a worker failed, died or stalled.
 
         A death is reported before the failures it causes in other workers, which may be noticed first.
         """
-        connections = [connection for _, connection in self._connections()]
-        if any(connection.failed_run(self._session) is not None for connection in connections):
+        connections = [connection for rank, connection in self._connections() if rank not in self._lost]
+        if any(connection.failure(self._session) is not None for connection in connections):
             time.sleep(_SETTLE_S)
         for connection in sorted(connections, key=lambda connection: not connection.is_gone):
             waited_s = time.monotonic() - self._progress_s
-            connection.check(self._session, waited_s=waited_s, operation=self._operation)
+            connection.check(self._session, waited_s=waited_s, doing=self._doing)
 
-    def _note_progress(self, operation: str) -> None:
+    def _note_progress(self, operation: str, step: int | None = None) -> None:
         self._progress_s = time.monotonic()
-        self._operation = operation
+        self._doing = Doing(operation, step)
 
-    def _note_losses(self) -> None:
-        for _, connection in self._connections():
-            if connection.is_gone and self._broken is None:
-                self._broken = connection.death()
+    def _note_loss(self, error: BaseException) -> None:
+        if isinstance(error, WorkerLostError):
+            self._lost.setdefault(error.rank, error)
+            self._broken = self._broken or error
 
-    def _refuse_if_broken(self) -> None:
-        self._note_losses()
+    def _refuse_if_broken(self, step: int | None = None) -> None:
+        """A worker that died while nothing was asked of it is named first; after that, the way out is."""
         if self._broken is not None:
             raise ParallelizedError(
-                f"This denoiser cannot run: {self._broken} Call handle.remove(), then parallelize again."
+                f"This denoiser cannot run any more. Call handle.remove(), then parallelize again. What happened: "
+                f"{self._broken}"
             ) from self._broken
+        for _, connection in self._connections():
+            if connection.is_gone:
+                error = connection.lost(self._session, Doing("idle", step))
+                self._note_loss(error)
+                raise error
 
     # -- ending ------------------------------------------------------------------------------------------------
 
     def reports(self, run: int | None) -> list[WorkerReport]:
         self._refuse_if_broken()
         assert self._interpreter is not None and self._replica_module is not None
-        self._send_all(Collect(self._session, run))
+        numbers = self._request({rank: Collect(self._session, run) for rank, _ in self._connections()})
         own = process_report(self._interpreter.take_records(run), resident_bytes(self._replica_module))
-        return [own, *self._await_replies("reporting").values()]
+        answers = self._await_replies(numbers, "waiting for its report")
+        if self._workers.is_local:  # one clock for all processes of a host
+            return [own, *answers.values()]
+        return [own, *(_at_our_clock(report, self._workers.connections[rank]) for rank, report in answers.items())]
 
     def restore(self, module: nn.Module) -> list[str]:
         """Fetch freed tensors from the workers that live, else from the file; the names of those that are lost."""
-        missing = {name for name, _ in named_tensors(module) if name not in self._held.get(0, ())}
         if not self._held.get(0):
             return []  # nothing has left this process yet
-        self._note_losses()
-        if self._broken is not None:
-            self._regroup()
-        for rank, connection in self._connections():
-            if connection.is_gone or not missing:
-                continue
-            names = tuple(name for name in sorted(missing) if name in self._held.get(rank, ()))
-            missing -= self._fetch(rank, connection, module, names)
-        return self._read_from_file(module, missing)
+        missing = {name for name, _ in named_tensors(module) if name not in self._held[0]}
+        with interrupts_deferred():  # a second call could not fetch what the first one left behind
+            for rank, connection in self._connections():
+                if missing:
+                    missing -= self._fetch(rank, connection, module, missing & self._held.get(rank, set()))
+            return self._read_from_file(module, missing)
 
     def _fetch(
-        self, rank: int, connection: WorkerConnection, module: nn.Module, names: tuple[str, ...]
+        self, rank: int, connection: WorkerConnection, module: nn.Module, names: Collection[str]
     ) -> set[str]:
-        if not names:
-            return set()
-        transport, specs = self._transport, {name: tensor_spec(tensor) for name, tensor in named_tensors(module)}
-        assert transport is not None
-        position = self._members.index(rank)
-        self._note_progress("fetching its weights")
+        """Receive the named tensors from a worker into the module; nothing from one that is lost on the way."""
         try:
-            connection.send(ReturnWeights(self._session, names))
+            self._regroup()
+            if rank in self._lost or not names:
+                return set()
+            self._note_progress("fetching its weights")
+            specs = {name: tensor_spec(tensor) for name, tensor in named_tensors(module) if name in names}
+            number = connection.request(self._session, ReturnWeights(self._session, tuple(specs)))
+            assert self._transport is not None
+            position = self._members.index(rank)
             pending = [
-                (name, transport.receive(position, Parcel(Stream.WEIGHTS, name), specs[name])) for name in names
+                (name, self._transport.receive(position, Parcel(Stream.WEIGHTS, name), spec))
+                for name, spec in specs.items()
             ]
             assign_tensors(module, {name: leaf.wait() for name, leaf in pending})
-            connection.reply(self._session, "returning its weights")
-        except WorkerError as error:
-            self._broken = error
+            connection.reply(self._session, number, Doing("fetching its weights"))
+        except (WorkerError, RuntimeError) as error:  # RuntimeError: a transfer that broke
+            self._note_loss(self._explain(error))
             return set()
-        return set(names)
+        return set(specs)
 
     def _regroup(self) -> None:
-        """After a loss: give up the stalled worker, and form a new transport among the survivors."""
-        assert self._broken is not None
-        lost = self._workers.connections.get(self._broken.rank)
-        if lost is not None and not lost.is_gone:
-            self._workers.kill(lost.rank)
-            lost.close()
-        survivors = tuple(rank for rank, connection in self._connections() if not connection.is_gone)
-        for rank in survivors:
-            self._workers.connections[rank].clear_failure(self._session)
+        """After a loss: give up the lost workers for good, and form a new transport among the others."""
+        for rank, connection in self._connections():
+            if connection.is_gone:
+                self._note_loss(connection.lost(self._session, Doing("fetching its weights")))
+        if self._lost.keys().isdisjoint(self._members):
+            return
+        for rank, error in self._lost.items():
+            if rank in self._members and not self._workers.connections[rank].is_gone:
+                self._workers.kill(rank)
+                self._workers.connections[rank].close()
+        survivors = tuple(rank for rank, _ in self._connections() if rank not in self._lost)
         self._members = (0,)
         if survivors:
             self._join((0, *survivors))
@@ -415,26 +477,47 @@ class RemoteExecutor:
         if self._closed:
             return
         self._closed = True
-        for _, connection in self._connections():
-            with suppress(WorkerError):  # it ended first
-                connection.send(CloseSession(self._session))
-        if self._transport is not None:
-            self._transport.close()
-        self._workers.close()
+        with interrupts_deferred():
+            for _, connection in self._connections():
+                with suppress(WorkerError):  # it ended first
+                    connection.send(CloseSession(self._session))
+                connection.close_session(self._session)
+            if self._transport is not None:
+                self._transport.close()
+            self._workers.close()
         self._interpreter = self._replica = self._replica_module = self._transport = None
+        self._last_inputs.clear()
 
     # -- talking to all workers --------------------------------------------------------------------------------
 
     def _connections(self) -> list[tuple[int, WorkerConnection]]:
-        return [(rank, self._workers.connections[rank]) for rank in range(1, len(self._devices))]
+        connections = self._workers.connections
+        return [(rank, connections[rank]) for rank in range(1, len(self._devices)) if rank in connections]
 
-    def _send_all(self, message: object) -> None:
-        for _, connection in self._connections():
-            connection.send(message)
+    def _request(self, messages: Mapping[int, object]) -> dict[int, int]:
+        """Send each rank its message; the numbers of the requests."""
+        connections = self._workers.connections
+        return {rank: connections[rank].request(self._session, message) for rank, message in messages.items()}
 
-    def _await_replies(self, operation: str, ranks: Collection[int] | None = None) -> dict[int, WorkerReport]:
+    def _await_replies(self, numbers: Mapping[int, int], operation: str) -> dict[int, Any]:
+        """The answers to the requests, by rank."""
+        connections = self._workers.connections
         return {
-            rank: connection.reply(self._session, operation)
-            for rank, connection in self._connections()
-            if ranks is None or rank in ranks
+            rank: connections[rank].reply(self._session, number, Doing(operation))
+            for rank, number in numbers.items()
         }
+
+
+def _at_our_clock(report: WorkerReport, connection: WorkerConnection) -> WorkerReport:
+    """The report of another host's worker with its times on the clock of this process."""
+    offset_s = connection.clock_offset_s
+    return replace(
+        report,
+        rounds=tuple(
+            replace(
+                record,
+                spans=tuple((name, kind, start - offset_s, end - offset_s) for name, kind, start, end in record.spans),
+            )
+            for record in report.rounds
+        ),
+    )

@@ -24,7 +24,7 @@ from asyncdiff.protocol.messages import (
 from asyncdiff.runtime.control import receive_message, send_message
 from asyncdiff.runtime.session import WorkerSession
 
-_GRACE_S = 5.0
+_GRACE_S = 2.0
 
 
 class WorkerServer:
@@ -56,7 +56,7 @@ class WorkerServer:
             if session is not None:
                 session.close()
             self._report(Reply(message.session))
-        else:
+        elif message.session in self._sessions:  # else its opening has failed, which the driver knows
             self._sessions[message.session].handle(message)
 
     def _open(self, message: OpenSession) -> None:
@@ -81,7 +81,9 @@ class WorkerServer:
                     self._report(Pong(message.number, time.perf_counter()))
                 elif isinstance(message, AbortRun):
                     if message.session in self._sessions:
-                        self._sessions[message.session].abort_run(message.run)
+                        self._sessions[message.session].abort_run(
+                            message.run, transport_is_lost=message.transport_is_lost
+                        )
                 else:
                     self._inbox.put(message)
                     if isinstance(message, Farewell):

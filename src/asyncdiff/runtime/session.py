@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +31,7 @@ from asyncdiff.runtime.link import Parcel, Pending, Stream
 from asyncdiff.runtime.transport import Transport, open_transport
 from asyncdiff.stage import StageReplica
 from asyncdiff.weights import Skeleton, assign_tensors, load_skeleton, named_tensors, resident_bytes
-from asyncdiff.weights.ownership import tensor_spec
+from asyncdiff.weights.ownership import tensor_of, tensor_spec
 
 STORE_TIMEOUT = timedelta(seconds=60)
 
@@ -52,6 +51,7 @@ class WorkerSession:
         self._inputs: dict[tuple[int, Hashable], dict[str, torch.Tensor]] = {}
         self._aborted: set[int] = set()
         self._abort_noted = threading.Condition()
+        self._transport_is_lost = False
         self._handlers: dict[type, Callable[[Any], Any]] = {
             JoinTransport: self._join,
             InstallSkeleton: self._install,
@@ -69,10 +69,11 @@ class WorkerSession:
             torch.cuda.set_device(self._device)
         torch.empty(1, device=self._device)
 
-    def abort_run(self, run: int) -> None:
+    def abort_run(self, run: int, *, transport_is_lost: bool) -> None:
         """Called from the control thread: rounds of this run are skipped from now on."""
         with self._abort_noted:
             self._aborted.add(run)
+            self._transport_is_lost = self._transport_is_lost or transport_is_lost
             self._abort_noted.notify_all()
 
     def handle(self, message: Any) -> None:
@@ -101,6 +102,7 @@ class WorkerSession:
             self._store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
         if self._transport is not None:
             self._transport.close()
+        self._transport_is_lost = False
         self._transport = open_transport(
             message.backend,
             dist.PrefixStore(message.prefix, self._store),
@@ -108,9 +110,15 @@ class WorkerSession:
             len(message.ranks),
             self._opening.device,
             local=message.local,
+            watch=self._watch,
         )
         if self._interpreter is not None:
             self._interpreter.relink(self._transport)
+
+    def _watch(self) -> None:
+        """Called while a tensor is waited for: raise if it will never come."""
+        if self._transport_is_lost:
+            raise RuntimeError("another worker is gone")
 
     def _install(self, message: InstallSkeleton) -> None:
         held = dict(named_tensors(self._module)) if self._module is not None else {}
@@ -164,8 +172,7 @@ class WorkerSession:
             if message.run not in self._aborted:
                 self._report(self._failure(error, operation, step=step, run=message.run))
                 self._await_abort(message.run)
-            with suppress(RuntimeError):  # owed to a worker that died: the driver regroups the others
-                interpreter.settle()
+            interpreter.settle()
 
     def _task(self, message: RoundMessage) -> RoundTask:
         """The task with its inputs, each received into memory of its own or kept from an earlier call."""
@@ -173,7 +180,7 @@ class WorkerSession:
         arriving: dict[str, Pending] = {}
         for item in message.inputs:
             if isinstance(item, InlineInput):
-                held[item.name] = item.tensor
+                held[item.name] = tensor_of(item.spec, item.data)
             elif isinstance(item, TransferredInput):
                 assert self._transport is not None
                 arriving[item.name] = self._transport.receive(0, Parcel(Stream.INPUT, item.name), item.spec)

@@ -12,8 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -23,7 +21,7 @@ import torch.distributed as dist
 
 from asyncdiff.graph import TensorSpec
 from asyncdiff.runtime.link import Parcel, Pending, Stream
-from asyncdiff.weights.ownership import empty_tensor, tensor_spec
+from asyncdiff.weights.ownership import dense_spec, empty_tensor, tensor_spec
 
 # Liveness is watched over the control connections; the transport itself never gives up on a slow peer.
 _NO_TIMEOUT = timedelta(days=365)
@@ -42,10 +40,14 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-def choose_backend(devices: list[str]) -> str:
-    """`"nccl"` where every rank has a CUDA device of its own and NCCL is built in, else `"gloo"`."""
-    all_cuda = all(torch.device(device).type == "cuda" for device in devices)
-    distinct = len(set(devices)) == len(devices)
+def choose_backend(places: list[tuple[str, str]]) -> str:
+    """`"nccl"` where every rank has a CUDA device of its own and NCCL is built in, else `"gloo"`.
+
+    `places`: per rank, its host (any name that tells the hosts apart) and its device.
+    """
+    devices = [(host, torch.device(device)) for host, device in places]
+    all_cuda = all(device.type == "cuda" for _, device in devices)
+    distinct = len({(host, device.index or 0) for host, device in devices}) == len(devices)
     return "nccl" if all_cuda and distinct and dist.is_nccl_available() else "gloo"
 
 
@@ -65,51 +67,49 @@ def open_transport(
 def as_sendable(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """The tensor's elements as a flat tensor in the memory order that the receiver expects."""
     if tuple(tensor.shape) != spec.shape or str(tensor.dtype) != f"torch.{spec.dtype}":
-        raise RuntimeError(f"a tensor of {tensor_spec(tensor)} was about to be sent where {spec} is expected")
-    dense = tensor.detach()
-    if tuple(dense.stride()) != spec.stride or not _is_dense(spec):
-        dense = torch.empty_strided(spec.shape, _dense_stride(spec), dtype=dense.dtype, device=dense.device).copy_(dense)
+        raise ValueError(f"a tensor of {tensor_spec(tensor)} was about to be sent where {spec} is expected")
+    dense, expected = tensor.detach(), dense_spec(spec)
+    if tuple(dense.stride()) != expected.stride:
+        dense = empty_tensor(expected, dense.device).copy_(dense)
     return dense.as_strided((dense.numel(),), (1,), dense.storage_offset())
 
 
 def receive_buffer(spec: TensorSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """A tensor of this spec and the flat view of its memory to receive into."""
-    buffer = empty_tensor(TensorSpec(spec.shape, _dense_stride(spec), spec.dtype), device)
+    buffer = empty_tensor(dense_spec(spec), device)
     return buffer, buffer.as_strided((buffer.numel(),), (1,))
 
 
-def _is_dense(spec: TensorSpec) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(spec.stride, spec.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _dense_stride(spec: TensorSpec) -> tuple[int, ...]:
-    if _is_dense(spec):
-        return spec.stride
-    return tuple(torch.empty(spec.shape, device="meta").stride())
-
-
-@dataclass
 class _Waited:
-    """A tensor that a waiter thread has been told to wait for."""
+    """What a waiter thread has been told to wait for. A lock is the cheapest thing that wakes another thread."""
 
-    future: Future[torch.Tensor]
-    watch: Watch | None
+    def __init__(self, finish: Callable[[], Any], watch: Watch | None) -> None:
+        self._finish: Callable[[], Any] | None = finish
+        self._watch = watch
+        self._error: Exception | None = None
+        self._result: Any = None
+        self._done = threading.Lock()
+        self._done.acquire()
 
-    def wait(self) -> torch.Tensor:
-        if self.watch is None:
-            return self.future.result()
-        while True:
-            try:
-                return self.future.result(timeout=_WATCH_INTERVAL_S)
-            except FutureTimeoutError:
-                self.watch()
+    def run(self) -> None:
+        """Called by the waiter thread."""
+        assert self._finish is not None
+        try:
+            self._result = self._finish()
+        except Exception as error:  # whatever the backend raises belongs to whoever waits
+            self._error = error
+        self._finish = None  # and with it the buffers it kept alive
+        self._done.release()
+
+    def wait(self) -> Any:
+        """What `finish` returned, however often it is asked for; every 0.1 s `watch` may end the wait."""
+        while not self._done.acquire(timeout=_WATCH_INTERVAL_S):
+            if self._watch is not None:
+                self._watch()
+        self._done.release()
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 class _Waiter:
@@ -120,26 +120,29 @@ class _Waiter:
     """
 
     def __init__(self, name: str) -> None:
-        self._queue: queue.SimpleQueue[tuple[Callable[[], torch.Tensor], Future[torch.Tensor]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._queue: queue.SimpleQueue[_Waited | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def submit(self, finish: Callable[[], torch.Tensor]) -> Future[torch.Tensor]:
-        future: Future[torch.Tensor] = Future()
-        self._queue.put((finish, future))
-        return future
+    def submit(self, waited: _Waited) -> _Waited:
+        self._queue.put(waited)
+        return waited
 
     def close(self) -> None:
         self._queue.put(None)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            finish, future = item
-            try:
-                future.set_result(finish())
-            except Exception as error:  # whatever the backend raises belongs to whoever waits
-                future.set_exception(error)
+        while (waited := self._queue.get()) is not None:
+            waited.run()
+            del waited  # or its tensor would live until the next one comes
+
+
+def _watched(make: Callable[[], Any], watch: Watch | None) -> Any:
+    """Call `make`, which cannot be interrupted, in a thread, and let `watch` end the wait for it."""
+    waiter = _Waiter("asyncdiff-joining")
+    try:
+        return waiter.submit(_Waited(make, watch)).wait()
+    finally:
+        waiter.close()
 
 
 class GlooTransport:
@@ -158,32 +161,29 @@ class GlooTransport:
         self._device = device
         self._watch = watch
         self._waiters: dict[tuple[str, int, Stream], _Waiter] = {}
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = _NO_TIMEOUT
         if local:
             options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         else:
             options._devices = [dist.ProcessGroupGloo.create_default_device()]
-        self._group = dist.ProcessGroupGloo(store, rank, size, options)
+        self._group = _watched(lambda: dist.ProcessGroupGloo(store, rank, size, options), watch)
 
     def send(self, to_rank: int, parcel: Parcel, tensor: torch.Tensor, spec: TensorSpec) -> None:
         flat = as_sendable(tensor, spec)
         if flat.is_cuda:
             flat = _to_pinned(flat)
         work = self._group.send([flat], to_rank, int(parcel.stream))
-        self._waiter("send", to_rank, parcel.stream).submit(lambda: _finish(work, flat))
+        self._waiter("send", to_rank, parcel.stream).submit(_Waited(lambda: _finish(work, flat), None))
 
     def receive(self, from_rank: int, parcel: Parcel, spec: TensorSpec) -> Pending:
-        host = torch.device("cpu")
-        buffer, flat = receive_buffer(spec, host)
+        buffer, flat = receive_buffer(spec, torch.device("cpu"))
         if self._device.type == "cuda":
-            buffer, flat = buffer.pin_memory(), flat.pin_memory()
+            buffer = buffer.pin_memory()
             flat = buffer.as_strided((buffer.numel(),), (1,))
         work = self._group.recv([flat], from_rank, int(parcel.stream))
-        future = self._waiter("recv", from_rank, parcel.stream).submit(
-            lambda: _finish(work, flat, buffer).to(self._device)
-        )
-        return _Waited(future, self._watch)
+        waited = _Waited(lambda: _finish(work, flat, buffer).to(self._device), self._watch)
+        return self._waiter("recv", from_rank, parcel.stream).submit(waited)
 
     def close(self) -> None:
         for waiter in self._waiters.values():

@@ -33,7 +33,7 @@ class Read:
     """How a segment reads what segment `segment` produced: a weighted sum of versions.
 
     `((Value(k, s), 1.0),)` reads one version as it is; `((a, 1 + r), (b, -r))` is the linear forecast of
-    METHOD.md section 5, newest first. Only floating-point leaves are forecast; others take the newest
+    docs/method.md section 5, newest first. Only floating-point leaves are forecast; others take the newest
     version.
     """
 

@@ -57,15 +57,15 @@ class _Planner:
         crossing = crossing_atoms(graph, segments)
         own_segments = [segment.index for segment in segments if segment.stage == stage]
         self.reads = {
-            index: graph.order({atom for (_, reader), atoms in crossing.items() if reader == index for atom in atoms})
+            index: graph.order(
+                {atom for (_, reader), atoms in crossing.items() if reader == index for atom in atoms}
+            )
             for index in own_segments
         }
         self.emits = graph.order(
             {atom for (producer, _), atoms in crossing.items() if producer in own_segments for atom in atoms}
         )
-        self.reader_of = {
-            atom: index for index in reversed(own_segments) for atom in self.reads[index]
-        }
+        self.reader_of = {atom: index for index in reversed(own_segments) for atom in self.reads[index]}
         self.live = _live_values(recording, flow, self.stage_of, stage, self.returns_output)
         self.actions: dict[str, list[Action]] = {}
 
@@ -136,8 +136,8 @@ class _Planner:
         return Placeholder(leaf.spec)
 
     def _replaceable(self, call: int) -> bool:
-        """Whether a foreign container can be one stub: whatever this stage needs from inside it is a leaf of an inner
-        block and also a leaf that the container returns (no sum of leaves made by its own glue)."""
+        """Whether a foreign container can be one stub: whatever this stage needs from inside it is a leaf of
+        an inner block and also a leaf that the container returns (no sum of leaves made by its own glue)."""
         record = self.recording.calls[call]
         returned = {leaf.value for leaf in record.outputs}
         return all(
@@ -147,7 +147,8 @@ class _Planner:
         ) and all(self._is_fillable(call, leaf) for leaf in record.outputs)
 
     def _is_fillable(self, call: int, leaf: Leaf) -> bool:
-        """A needed leaf that was made before the container is either one of its arguments or comes by a side way."""
+        """A needed leaf that was made before the container is either one of its arguments or comes by a side
+        way."""
         if leaf.value is None or leaf.value not in self.live or leaf.value in self.flow.atom_of:
             return True
         return leaf.value in self.recording.calls[call].arguments
@@ -197,8 +198,8 @@ def _live_values(
             if stage_of[home] == stage:
                 live |= {value for value in op.reads if not _made_in(recording, flow, value, home)}
         elif not live.isdisjoint(op.writes):
+            live |= {old for old, new in op.carried if new in live}
             live |= set(op.reads)
-            live |= {old for old, _ in op.carried}
     return frozenset(live)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from asyncdiff.graph import Atom, TensorSpec
-from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Own, Received, Run, StageSpec, Stub
+from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Received, Run, StageSpec, Stub
 from asyncdiff.trace.tensors import MakePlaceholder, zero_placeholder
 from asyncdiff.trace.torch_private import tree_flatten, tree_unflatten
 
@@ -24,7 +24,8 @@ class StageReplica:
     """Takes ownership of a copy of the denoiser that holds one stage's weights (foreign ones may be on meta).
 
     Nothing happens until `prepare`; `remove` takes every stub out again. `device` is where placeholders and
-    placeholder inputs are made. `forward` is the denoiser's own forward where `module.forward` has been replaced.
+    placeholder inputs are made. `forward` is the denoiser's own forward where `module.forward` has been
+    replaced.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class StageReplica:
         self._pass = _Pass(_PlaceholderPool(self.device, placeholder))
 
     def prepare(self, key: Hashable, spec: StageSpec) -> None:
-        """Installs the stubs for an input structure (or replaces those of `key`). Several keys live side by side."""
+        """Installs the stubs for an input structure (or replaces those of `key`). Several keys live side by
+        side."""
         self.discard(key)
         self._specs[key] = spec
         for path, actions in spec.actions:
@@ -71,9 +73,10 @@ class StageReplica:
     ) -> list[torch.Tensor] | None:
         """One forward of this stage.
 
-        `tensors` and `floats` are the denoiser inputs it needs, by name. `read(segment, atom)` gives a foreign leaf
-        to own segment `segment`, once per atom; `emit(atom, tensor)` takes an own leaf the moment its block has
-        returned. Returns the tensor leaves of the output, or None for a stage that ends before it.
+        `tensors` and `floats` are the denoiser inputs it needs, by name. `read(segment, atom)` gives a
+        foreign leaf to own segment `segment`, once per atom; `emit(atom, tensor)` takes an own leaf the
+        moment its block has returned. Returns the tensor leaves of the output, or None for a stage that ends
+        before it.
         """
         spec = self._specs[key]
         kwargs = spec.inputs.rebuild(tensors, floats, self.device, self._pass.placeholders)
@@ -97,7 +100,8 @@ class StageReplica:
 
 
 class _StageDone(BaseException):
-    """Ends the forward after the stage's last block. No `Exception`, so that no model catches it by accident."""
+    """Ends the forward after the stage's last block. No `Exception`, so that no model catches it by
+    accident."""
 
 
 class _PlaceholderPool:
@@ -120,7 +124,8 @@ class _PlaceholderPool:
 
 @dataclass
 class _Pass:
-    """The forward that is running: which input structure, how often each module was called, what was received."""
+    """The forward that is running: which input structure, how often each module was called, what was
+    received."""
 
     placeholders: _PlaceholderPool
     key: Hashable = None
@@ -140,8 +145,8 @@ class _Pass:
         self.received.clear()
 
     def leaf(self, fill: Received) -> torch.Tensor:
-        """A foreign leaf: read once per forward, and one object wherever it is replayed, or in-place glue on the one
-        would not be seen in the other."""
+        """A foreign leaf: read once per forward, and one object wherever it is replayed, or in-place glue on
+        the one would not be seen in the other."""
         if fill.atom not in self.received:
             assert self.read is not None
             tensor = self.read(fill.segment, fill.atom)
@@ -152,8 +157,8 @@ class _Pass:
 class StubForward:
     """The instance-level `forward` of a module that has something else to do than its own on this stage.
 
-    `previous` is the instance-level forward it replaced (a hook's), None if the class's own. It holds no bound
-    method, so it pickles and copies with its module.
+    `previous` is the instance-level forward it replaced (a hook's), None if the class's own. It holds no
+    bound method, so it pickles and copies with its module.
     """
 
     def __init__(self, module: nn.Module, path: str, running: _Pass) -> None:
@@ -194,8 +199,8 @@ class StubForward:
         self.running.counts[self.path] += 1
         if number >= len(actions):
             raise RuntimeError(
-                f"Module {self.path!r} was called {number + 1} times where the trace saw {len(actions)} calls: the "
-                "denoiser's forward took another way than when it was traced."
+                f"Module {self.path!r} was called {number + 1} times where the trace saw "
+                f"{len(actions)} calls: the denoiser's forward took another way than when it was traced."
             )
         return actions[number]
 

@@ -10,13 +10,13 @@ import torch
 
 from asyncdiff.graph import Atom, TensorSpec
 from asyncdiff.trace.inputs import InputsSpec
-from asyncdiff.trace.torch_private import TreeSpec, tree_unflatten
+from asyncdiff.trace.torch_private import Structure, tree_unflatten
 
 
 @dataclass(frozen=True)
 class Received:
-    """A leaf that another stage produced: read for own segment `segment`; `clone` if it is written in place later,
-    which would corrupt the buffer for the next read of the same version."""
+    """A leaf that another stage produced: read for own segment `segment`; `clone` if it is written in place
+    later, which would corrupt the buffer for the next read of the same version."""
 
     atom: Atom
     segment: int
@@ -73,7 +73,7 @@ class Own:
 class Stub:
     """Run nothing: return `structure` filled with `leaves`."""
 
-    structure: TreeSpec
+    structure: Structure
     leaves: tuple[Fill, ...]
 
 
@@ -84,7 +84,7 @@ Action = Run | Own | Stub
 class OutputSpec:
     """The structure of what the denoiser returns; its tensor leaves are `tensors`, in order."""
 
-    structure: TreeSpec
+    structure: Structure
     leaves: tuple[TensorSpec | Constant, ...]
 
     @property
@@ -103,10 +103,10 @@ class StageSpec:
     """One stage of one partition, for one structure of inputs.
 
     `actions`: module path -> what its calls do, indexed by call number in this stage's own forward.
-    `needed_inputs`: names of the tensor inputs whose data the stage uses, through glue too. `reads`: own segment ->
-    foreign leaves it reads; `emits`: own leaves that others read, both in the order of production. `tensors`: dotted
-    names of the parameters and buffers the stage must hold. `output`: what the denoiser returns (on every stage);
-    `returns_output`: whether this stage computes it.
+    `needed_inputs`: names of the tensor inputs whose data the stage uses, through glue too. `reads`: own
+    segment -> foreign leaves it reads; `emits`: own leaves that others read, both in the order of production.
+    `tensors`: dotted names of the parameters and buffers the stage must hold. `output`: what the denoiser
+    returns (on every stage); `returns_output`: whether this stage computes it.
     """
 
     stage: int

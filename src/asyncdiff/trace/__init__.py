@@ -1,7 +1,7 @@
 """Splitting a denoiser without per-model code: one recording forward, and pure functions of what it recorded.
 
-`record` runs the forward once (on fake tensors where possible, so without weights), `find_blocks` chooses the blocks
-and says what each reads. What cannot be split is refused by name with `UnsupportedDenoiserError`.
+`record` runs the forward once (on fake tensors where possible, so without weights), `find_blocks` chooses the
+blocks and says what each reads. What cannot be split is refused by name with `UnsupportedDenoiserError`.
 """
 
 from asyncdiff.trace.costs import CallCost

@@ -28,14 +28,12 @@ class CallCost:
 def subtree_costs(
     recording: Recording, seconds: Mapping[BlockKey, float] | None, estimate: EstimateCost
 ) -> tuple[float, ...]:
-    """Cost of every call. A call that was not measured gets its estimate, scaled as its nearest measured ancestor
-    (or, without one, all measured calls together) was measured against theirs."""
+    """Cost of every call. A call that was not measured gets its estimate, scaled as its nearest measured
+    ancestor (or, without one, all measured calls together) was measured against theirs."""
     estimates = [estimate(flops, moved) for flops, moved in recording.work]
     if not seconds:
         return tuple(estimates)
-    measured = {
-        index: seconds[call.key] for index, call in enumerate(recording.calls) if call.key in seconds
-    }
+    measured = {index: seconds[call.key] for index, call in enumerate(recording.calls) if call.key in seconds}
     known = sum(estimates[index] for index in measured)
     overall = sum(measured.values()) / known if known else 1.0
     scales: list[float] = []

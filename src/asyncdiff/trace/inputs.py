@@ -12,7 +12,7 @@ import torch
 from asyncdiff.errors import UnsupportedDenoiserError
 from asyncdiff.graph import TensorSpec
 from asyncdiff.trace.tensors import MakePlaceholder, tensor_spec, zero_placeholder
-from asyncdiff.trace.torch_private import TreeSpec, tree_flatten_named, tree_unflatten
+from asyncdiff.trace.torch_private import Structure, tree_flatten_named, tree_unflatten
 
 # Python ints under these names change from call to call as floats do: a custom loop may pass `int(t)`.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -28,18 +28,23 @@ class Inputs:
 
     names: tuple[str, ...]
     leaves: tuple[Any, ...]
-    structure: TreeSpec
+    structure: Structure
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensor leaves by name."""
         return {
-            name: leaf for name, leaf in zip(self.names, self.leaves, strict=True) if isinstance(leaf, torch.Tensor)
+            name: leaf
+            for name, leaf in zip(self.names, self.leaves, strict=True)
+            if isinstance(leaf, torch.Tensor)
         }
 
     def floats(self) -> dict[str, float]:
-        """The Python numbers that may change without a new analysis: floats, and a timestep given as an int."""
+        """The Python numbers that may change without a new analysis: floats, and a timestep given as an
+        int."""
         return {
-            name: leaf for name, leaf in zip(self.names, self.leaves, strict=True) if is_free_number(name, leaf)
+            name: leaf
+            for name, leaf in zip(self.names, self.leaves, strict=True)
+            if is_free_number(name, leaf)
         }
 
     @property
@@ -51,10 +56,9 @@ class Inputs:
         raise UnsupportedDenoiserError("The denoiser was called without any tensor argument.")
 
     def key(self) -> Hashable:
-        """Equal for calls that one analysis covers: structure, shapes, dtypes, and what is neither tensor nor float."""
-        leaves = tuple(
-            _leaf_key(name, leaf) for name, leaf in zip(self.names, self.leaves, strict=True)
-        )
+        """Equal for calls that one analysis covers: structure, shapes, dtypes, and what is neither tensor nor
+        float."""
+        leaves = tuple(_leaf_key(name, leaf) for name, leaf in zip(self.names, self.leaves, strict=True))
         return (repr(self.structure), self.names, leaves)
 
     def spec(self) -> InputsSpec:
@@ -101,7 +105,7 @@ class InputsSpec:
 
     names: tuple[str, ...]
     leaves: tuple[TensorLeaf | NumberLeaf | ConstantLeaf, ...]
-    structure: TreeSpec
+    structure: Structure
 
     def tensor_names(self) -> tuple[str, ...]:
         return tuple(
@@ -117,8 +121,9 @@ class InputsSpec:
     ) -> dict[str, Any]:
         """Keyword arguments for the denoiser's forward, in fresh containers.
 
-        Tensors that are not in `tensors` become placeholders of the recorded shape, stride and dtype on `device`
-        (on the CPU those that did not live beside the latents); numbers not in `floats` keep their recorded value.
+        Tensors that are not in `tensors` become placeholders of the recorded shape, stride and dtype on
+        `device` (on the CPU those that did not live beside the latents); numbers not in `floats` keep their
+        recorded value.
         """
         values = [
             _rebuild_leaf(name, leaf, tensors, floats, torch.device(device), placeholder)
@@ -128,10 +133,11 @@ class InputsSpec:
 
 
 def flatten_inputs(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """Binds a call to the signature of `forward` (bound, or a class's function) so that everything has a name.
+    """Binds a call to the signature of `forward` (bound, or a class's function) so that everything has a
+    name.
 
-    Positional arguments become keywords, a `**kwargs` catch-all is flattened in. TypeError if the call does not fit
-    the signature; `UnsupportedDenoiserError` if it uses `*args` or has no tensor.
+    Positional arguments become keywords, a `**kwargs` catch-all is flattened in. TypeError if the call does
+    not fit the signature; `UnsupportedDenoiserError` if it uses `*args` or has no tensor.
     """
     signature = _signature_without_self(forward)
     bound = signature.bind(*args, **kwargs)

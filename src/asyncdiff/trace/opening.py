@@ -1,7 +1,7 @@
 """Which calls are the blocks: containers are opened only where a cut has to run through them.
 
-Skip connections of an opened `Transformer2DModel` become the sum of two leaves, twice the traffic, so a closed
-container is better wherever the balance allows it.
+Skip connections of an opened `Transformer2DModel` become the sum of two leaves, twice the traffic, so a
+closed container is better wherever the balance allows it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from asyncdiff.trace.recording import Recording
 BALANCE = 1.05
 # A call is glue if it has no parameters and less than this share of the cost (Lumina2's rope helpers).
 _GLUE_SHARE = 0.01
-# A container may be opened if the calls below it make at least / its own operations at most these shares of its cost.
+# A container may be opened if the calls below it make at least / its own operations at most these shares of
+# its cost.
 _CHILDREN_SHARE, _OWN_GLUE_SHARE = 0.5, 0.1
 
 
 def call_costs(recording: Recording) -> dict[BlockKey, CallCost]:
-    """All calls that can become blocks, in execution order, nested ones included: what a profiler should time."""
+    """All calls that can become blocks, in execution order, nested ones included: what a profiler should
+    time."""
     found: dict[BlockKey, CallCost] = {}
     view = _View(recording, subtree_costs(recording, None, flops_only))
 
@@ -50,13 +52,13 @@ def find_blocks(
 ) -> BlockGraph:
     """The blocks of the denoiser and what each reads.
 
-    With `num_stages`: as coarse as lets a `kind` partition into that many stages be balanced (largest stage <= 1.05 x
-    mean where the calls allow it), by `seconds` (measured, per call) or else `cost(flops, memory_bytes)`.
-    With `block_paths`: opened so that each listed module, or everything below it, is a block; for a hand-made
-    partition and for another structure of inputs with the same ownership (`reown`). Calls that no path covers are
-    blocks too; paths that these inputs never call (SD3's `skip_layers`) have none.
-    `UnsupportedDenoiserError`, naming the module and the reason, if the denoiser cannot be split, or not into so
-    many stages.
+    With `num_stages`: as coarse as lets a `kind` partition into that many stages be balanced (largest stage
+    <= 1.05 x mean where the calls allow it), by `seconds` (measured, per call) or else `cost(flops,
+    memory_bytes)`. With `block_paths`: opened so that each listed module, or everything below it, is a block;
+    for a hand-made partition and for another structure of inputs with the same ownership (`reown`). Calls
+    that no path covers are blocks too; paths that these inputs never call (SD3's `skip_layers`) have none.
+    `UnsupportedDenoiserError`, naming the module and the reason, if the denoiser cannot be split, or not into
+    so many stages.
     """
     if (num_stages is None) == (block_paths is None):
         raise TypeError("find_blocks takes either num_stages or block_paths.")
@@ -65,10 +67,11 @@ def find_blocks(
     if block_paths is not None:
         blocks, flow = _open_for_paths(view, block_paths)
     else:
-        blocks, flow = _open_for_balance(view, num_stages or 1, kind)
-        if len(blocks) < _num_segments(num_stages or 1, kind):
+        assert num_stages is not None
+        blocks, flow = _open_for_balance(view, num_stages, kind)
+        if len(blocks) < _num_segments(num_stages, kind):
             raise UnsupportedDenoiserError(
-                f"num_stages={num_stages} ({kind}) needs {_num_segments(num_stages or 1, kind)} blocks, but this "
+                f"num_stages={num_stages} ({kind}) needs {_num_segments(num_stages, kind)} blocks, but this "
                 f"denoiser can only be cut into {len(blocks)}{_why_closed(view)}. Use fewer stages."
             )
     return _graph(recording, flow, seconds)
@@ -77,8 +80,8 @@ def find_blocks(
 def reown(old: Partition, graph: BlockGraph) -> Partition:
     """The partition of `graph` (another structure of inputs) in which every module stays where `old` has it.
 
-    A block belongs to the owner of the same call, else of the same path, else of the nearest path above or below
-    it, else of the block before it in execution order (the first block: stage 0).
+    A block belongs to the owner of the same call, else of the same path, else of the nearest path above or
+    below it, else of the block before it in execution order (the first block: stage 0).
     """
     by_path: dict[str, int] = {}
     for key, stage in old.stage_of.items():
@@ -86,8 +89,8 @@ def reown(old: Partition, graph: BlockGraph) -> Partition:
     stages: list[list[BlockKey]] = [[] for _ in range(old.num_stages)]
     before = 0
     for block in graph.blocks:
-        stage = _owner(block.key, old.stage_of, by_path)
-        before = before if stage is None else stage
+        owner = _owner(block.key, old.stage_of, by_path)
+        before = before if owner is None else owner
         stages[before].append(block.key)
     return Partition(old.kind, tuple(tuple(keys) for keys in stages))
 
@@ -156,7 +159,8 @@ class _View:
         return not record.has_parameters and self.costs[call] < _GLUE_SHARE * self.costs[0]
 
     def _works_on_latents(self, call: int) -> bool:
-        """Whether a call without such an output still computes on the latents (an object pytree cannot open)."""
+        """Whether a call without such an output still computes on the latents (an object pytree cannot
+        open)."""
         record = self.recording.calls[call]
         if not any(leaf.is_opaque for leaf in record.outputs):
             return False
@@ -191,10 +195,8 @@ def _nearest_opened(view: _View, call: int) -> int:
 
 
 def _refuse(recording: Recording, problem: Problem) -> None:
-    raise UnsupportedDenoiserError(
-        f"The denoiser cannot be split: its module {recording.calls[problem.call].path or '(the denoiser itself)'!r} "
-        f"{problem.reason}."
-    )
+    path = recording.calls[problem.call].path or "(the denoiser itself)"
+    raise UnsupportedDenoiserError(f"The denoiser cannot be split: its module {path!r} {problem.reason}.")
 
 
 def _refuse_random(recording: Recording) -> None:
@@ -202,8 +204,8 @@ def _refuse_random(recording: Recording) -> None:
         if op.is_random:
             path = recording.calls[op.call].path or "(the denoiser itself)"
             raise UnsupportedDenoiserError(
-                f"The denoiser cannot be split: its module {path!r} draws random numbers ({op.name}), and every stage "
-                "would draw its own. If it is in training mode, call .eval()."
+                f"The denoiser cannot be split: its module {path!r} draws random numbers ({op.name}), "
+                "and every stage would draw its own. If it is in training mode, call .eval()."
             )
 
 
@@ -222,7 +224,8 @@ def _open_for_balance(view: _View, num_stages: int, kind: str) -> tuple[tuple[in
 
 
 def _to_open(view: _View, blocks: Sequence[int], num_stages: int, kind: str, *, fine: bool) -> list[int]:
-    """What an ideal cut misses by more than a tolerance; else by anything; else, with too few blocks, all of them."""
+    """What an ideal cut misses by more than a tolerance; else by anything; else, with too few blocks, all of
+    them."""
     for tolerance in ((BALANCE - 1) / 2, 0.0):
         through = _cut_through(view, blocks, num_stages, kind, tolerance)
         openable = [call for call in through if view.may_open(call, fine=fine)]
@@ -345,9 +348,7 @@ def _covered_by_blocks(names: Sequence[str], blocks: Sequence[Block]) -> bool:
     return any(name.startswith(block.key.path + ".") for name in names for block in blocks)
 
 
-def _block(
-    recording: Recording, flow: Provenance, position: int, seconds: Mapping[BlockKey, float]
-) -> Block:
+def _block(recording: Recording, flow: Provenance, position: int, seconds: Mapping[BlockKey, float]) -> Block:
     index = flow.blocks[position]
     call = recording.calls[index]
     flops, memory_bytes = recording.work[index]

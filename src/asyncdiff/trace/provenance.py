@@ -1,7 +1,7 @@
 """What each block reads, for one choice of blocks: a pure function of the recording.
 
-Sources (denoiser inputs, parameters, leaves of blocks) are bits of Python integers, so that the union of what flows
-into a value is one `|`.
+Sources (denoiser inputs, parameters, leaves of blocks) are bits of Python integers, so that the union of what
+flows into a value is one `|`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Problem:
 class Provenance:
     """What flows where, for blocks that are the calls `blocks` (none inside another, in execution order).
 
-    `home`: per operation the position of its block, -1 for glue. `atoms`: every tensor leaf that a block makes;
-    `atom_of`: value -> position in `atoms`. `reads`, `tensors`, `inputs`: per block, positions of the atoms and
-    model tensors and names of the inputs it uses, directly or through glue; `first_uses`: per block, atom ->
-    share of its FLOPs before the first use. `output_*`: the same for what the denoiser returns. `glue_tensors`:
-    model tensors that glue uses. `steering_inputs`: inputs whose values reach Python or decide a shape.
-    `mutated`: atoms whose storage is written after their block returned.
+    `home`: per operation the position of its block, -1 for glue. `atoms`: every tensor leaf that a block
+    makes; `atom_of`: value -> position in `atoms`. `reads`, `tensors`, `inputs`: per block, positions of the
+    atoms and model tensors and names of the inputs it uses, directly or through glue; `first_uses`: per
+    block, atom -> share of its FLOPs before the first use. `output_*`: the same for what the denoiser
+    returns. `glue_tensors`: model tensors that glue uses. `steering_inputs`: inputs whose values reach Python
+    or decide a shape. `mutated`: atoms whose storage is written after their block returned.
     """
 
     blocks: tuple[int, ...]
@@ -46,6 +46,7 @@ class Provenance:
     glue_tensors: frozenset[int]
     steering_inputs: frozenset[str]
     mutated: frozenset[int]
+    written_inputs: frozenset[str]
     problems: tuple[Problem, ...]
 
 
@@ -73,7 +74,10 @@ class _Walk:
         self.glue = 0
         self.steering = 0
         self.mutated: set[int] = set()
-        self.lasting_storages = {recording.storages[value] for value in (*recording.input_of, *recording.tensor_of)}
+        self.lasting_storages = {
+            recording.storages[value] for value in (*recording.input_of, *recording.tensor_of)
+        }
+        self.used = _used_values(recording)
         self.leaves_by_storage: dict[int, list[int]] = {}
         for value in self.atom_of:
             self.leaves_by_storage.setdefault(recording.storages[value], []).append(value)
@@ -102,6 +106,7 @@ class _Walk:
             glue_tensors=frozenset(self._tensors_in(self.glue | output)),
             steering_inputs=frozenset(self._inputs_in(self.steering)),
             mutated=frozenset(self.mutated),
+            written_inputs=self._written_inputs(),
             problems=tuple(self.problems),
         )
 
@@ -117,7 +122,9 @@ class _Walk:
                         self.atom_of[leaf.value] = len(self.atoms)
                         self.atoms.append(Atom(call.path, call.number, position))
                 elif leaf.value not in call.arguments:
-                    self.problems.append(Problem(block, "returns a tensor that it neither made nor was given"))
+                    self.problems.append(
+                        Problem(block, "returns a tensor that it neither made nor was given")
+                    )
 
     def _sources(self) -> list[int]:
         flows = [0] * len(self.recording.makers)
@@ -195,17 +202,21 @@ class _Walk:
             self.flows[new] = mask | self._flow(old, -1, call)
 
     def _check_block_writes(self, owner: int, carried: tuple[tuple[int, int], ...]) -> None:
-        """A block may write into what another made (FreeU scales its argument in place) if nothing reads the result
-        but the block itself: readers of the new value elsewhere show up as hidden. What outlives the forward, and
-        what is returned as if it were new, cannot be told apart afterwards."""
+        """A block may write into what another made (FreeU scales its argument in place) if nothing reads the
+        result but the block itself: readers of the new value elsewhere show up as hidden. What outlives the
+        forward, and what is returned as if it were new, cannot be told apart afterwards."""
         for old, new in carried:
             maker = self.recording.makers[old]
             if maker >= 0 and self.home[maker] == owner:
                 continue
             if self.recording.storages[old] in self.lasting_storages or maker < 0:
-                self._report(self.blocks[owner], "writes in place into a parameter, buffer or input of the denoiser")
+                self._report(
+                    self.blocks[owner], "writes in place into a parameter, buffer or input of the denoiser"
+                )
             elif new in self.atom_of:
-                self._report(self.blocks[owner], "writes in place into a tensor made outside it and returns it")
+                self._report(
+                    self.blocks[owner], "writes in place into a tensor made outside it and returns it"
+                )
 
     def _note_mutation(self, index: int, carried: tuple[tuple[int, int], ...], owner: int) -> None:
         if not carried:
@@ -218,21 +229,40 @@ class _Walk:
             ]  # fmt: skip
             self.mutated.update(self.atom_of[value] for value in leaves)
             if owner < 0:
-                live = {old for old, _ in carried if self.recording.storages[old] == storage}
-                self._check_shared_write([value for value in leaves if value in live], live)
+                self._check_shared_write(
+                    [pair for pair in carried if self.recording.storages[pair[0]] == storage]
+                )
 
-    def _check_shared_write(self, leaves: list[int], live: set[int]) -> None:
-        """Glue writes in place where a block's leaf shares memory with another leaf or with a tensor made before
-        the block: replayed, they would be separate tensors."""
-        if not leaves:
-            return
+    def _check_shared_write(self, carried: list[tuple[int, int]]) -> None:
+        """Leaves that share memory with each other, or with a tensor older than their block, are separate
+        tensors when replayed. A glue write through one of them must not matter to another.
+
+        The written tensor comes first in `carried`.
+        """
+        written = self._origin(carried[0][0])
+        for old, new in carried[1:]:
+            origin = self._origin(old)
+            if origin != written and new in self.used:
+                leaf = origin if origin >= 0 else written
+                block = self.blocks[self.home[self.recording.makers[leaf]]]
+                self._report(block, "returns a view of a tensor that is written in place later")
+
+    def _origin(self, value: int) -> int:
+        """The leaf of which a value is a view or a later version; -1 for what no block made."""
         recording = self.recording
-        first = min(self.home[recording.makers[value]] for value in leaves)
-        start = recording.calls[self.blocks[first]].first_op
-        older = [value for value in live if recording.makers[value] < start]
-        if len(leaves) > 1 or older:
-            block = self.blocks[self.home[recording.makers[leaves[0]]]]
-            self._report(block, "returns a view of a tensor that is written in place later")
+        storage = recording.storages[value]
+        while value not in self.atom_of:
+            maker = recording.makers[value]
+            if maker < 0:
+                return -1
+            op = recording.ops[maker]
+            before = [old for old, new in op.carried if new == value] or [
+                read for read in op.reads if recording.storages[read] == storage
+            ]
+            if not before:
+                return -1
+            value = before[0]
+        return value
 
     def _block_end(self, value: int) -> int:
         return self.recording.calls[self.blocks[self.home[self.recording.makers[value]]]].end_op
@@ -241,7 +271,17 @@ class _Walk:
         for path, name, value in self.recording.kept:
             if self.recording.depends_on_latents[value]:
                 holder = next((i for i, call in enumerate(self.recording.calls) if call.path == path), 0)
-                self._report(holder, f"keeps an activation from one forward to the next in its attribute {name!r}")
+                self._report(
+                    holder, f"keeps an activation from one forward to the next in its attribute {name!r}"
+                )
+
+    def _written_inputs(self) -> frozenset[str]:
+        """Inputs whose memory the forward writes into."""
+        recording = self.recording
+        written = {recording.storages[old] for op in recording.ops for old, _ in op.carried}
+        return frozenset(
+            name for value, name in recording.input_of.items() if recording.storages[value] in written
+        )
 
     def _first_uses(self, block: int) -> dict[int, float]:
         total = self.flops_so_far[block] or 1.0
@@ -263,6 +303,15 @@ def _homes(recording: Recording, blocks: tuple[int, ...]) -> tuple[int, ...]:
         call = recording.calls[block]
         homes[call.first_op : call.end_op] = [position] * (call.end_op - call.first_op)
     return tuple(homes)
+
+
+def _used_values(recording: Recording) -> frozenset[int]:
+    """Values that an operation reads or the denoiser returns, and earlier versions of these."""
+    used = {leaf.value for leaf in recording.calls[0].outputs if leaf.value is not None}
+    for op in reversed(recording.ops):
+        used.update(old for old, new in op.carried if new in used)
+        used.update(op.reads)
+    return frozenset(used)
 
 
 def _bits(mask: int) -> Iterator[int]:

@@ -1,4 +1,5 @@
-"""The recording forward: fake tensors where possible, real inputs where values steer, real weights at last."""
+"""The recording forward: fake tensors where possible, real inputs where values steer, real weights at
+last."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ from asyncdiff.trace.torch_private import (
     eager_flex_attention,
 )
 
-_HOST_READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "__array__"}
+_HOST_READS = {
+    torch.Tensor.tolist: "tolist",
+    torch.Tensor.numpy: "numpy",
+    torch.Tensor.__array__: "__array__",
+}
 
 
 def record(
@@ -36,10 +41,10 @@ def record(
 ) -> Recording:
     """Runs the denoiser's forward once and records every operation and module call.
 
-    `module` is a skeleton, all parameters and buffers on `meta`, which is consumed: they become fake tensors on
-    `device`; or, with `live`, the denoiser in use, which is left as it was. First everything is fake; if the forward
-    looks at values, only weights and latents are; if it looks at activations too, everything is real (`live` only).
-    `modes` says which of these to try.
+    `module` is a skeleton, all parameters and buffers on `meta`, which is consumed: they become fake tensors
+    on `device`; or, with `live`, the denoiser in use, which is left as it was. First everything is fake; if
+    the forward looks at values, only weights and latents are; if it looks at activations too, everything is
+    real (`live` only). `modes` says which of these to try.
     `UnsupportedDenoiserError` names the module and what it did if none of this works.
     """
     failures: list[str] = []
@@ -49,15 +54,15 @@ def record(
         tape_of_attempt: list[Tape] = []
         try:
             return attempt(tape_of_attempt)
-        except Exception as error:  # noqa: BLE001  # whatever a forward raises on tensors without data
+        except Exception as error:  # whatever a forward raises on tensors without data
             if mode == "real":
                 raise
             where = tape_of_attempt[0].innermost_failure if tape_of_attempt else None
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             failures.append(f"{mode}: {type(error).__name__} in {where or 'the denoiser'!r}: {reason}")
     raise UnsupportedDenoiserError(
-        f"{type(module).__name__} could not be traced without its weights, because its forward looks at the values of "
-        f"activations ({'; '.join(failures)}). Trace the loaded model instead."
+        f"{type(module).__name__} could not be traced without its weights ({'; '.join(failures)}). "
+        "Trace the loaded model instead if its forward looks at the values of activations."
     )
 
 
@@ -104,7 +109,8 @@ def _record(
             if before.get((path, name)) != id(tensor) and (value := tape.knows(tensor)) is not None
         )
     return Recording(
-        calls=tuple(tape.calls), ops=tuple(tape.ops), makers=tuple(tape.makers), storages=tuple(tape.storages),
+        calls=tuple(tape.calls), ops=tuple(tape.ops),
+        makers=tuple(tape.makers), storages=tuple(tape.storages),
         input_of=tape.input_of, tensor_of=tape.tensor_of, tensors=tuple(tape.tensors),
         inputs=inputs.spec(), latents=_latents(inputs), mode=mode, kept=kept,
     )  # fmt: skip
@@ -232,7 +238,11 @@ def _state_restored(module: nn.Module) -> Iterator[None]:
 def _fake_like(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+    # `matmul` folds or not by what asks for gradients: without it other kernels are chosen than in the real
+    # forward.
+    return (
+        nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    )
 
 
 def _fill_skeleton(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:
@@ -263,8 +273,8 @@ def _fill_skeleton(module: nn.Module, mode: FakeTensorMode, device: torch.device
 def _fake_copy(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module | None:
     """A copy of the live module with fake weights; None if it cannot be copied without running the original.
 
-    A replaced `forward` (diffusers' and accelerate's hooks) is a closure over the original module, which a copy would
-    silently go on running with the original's weights.
+    A replaced `forward` (diffusers' and accelerate's hooks) is a closure over the original module, which a
+    copy would silently go on running with the original's weights.
     """
     if any("forward" in vars(owner) for owner in module.modules()):
         return None

@@ -1,8 +1,9 @@
-"""What one recording forward of the denoiser leaves behind: operations in SSA form and the tree of module calls.
+"""What one recording forward of the denoiser leaves behind: operations in SSA form and the tree of module
+calls.
 
-A value is one version of one tensor object: an in-place write makes a new value for the tensor and for every live
-alias of its storage. Keyed by object, not by storage: two outputs of a block may be views of one tensor and are
-two values. No torch here but in the structures (pytree specs) of outputs.
+A value is one version of one tensor object: an in-place write makes a new value for the tensor and for every
+live alias of its storage. Keyed by object, not by storage: two outputs of a block may be views of one tensor
+and are two values. No torch here but in the structures (pytree specs) of outputs.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import Any
 
 from asyncdiff.graph import BlockKey, TensorSpec
 from asyncdiff.trace.inputs import InputsSpec
-from asyncdiff.trace.torch_private import TreeSpec
+from asyncdiff.trace.torch_private import Structure
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
     """One operator call, made inside module call number `call`.
 
-    `reads`: values whose data it uses. `writes`: values it makes. `carried`: (old, new) for what an in-place write
-    changes: the written tensor and its live aliases; the new ones are in `writes` too. `reaches_host`: the data
-    reach Python or decide a shape. `is_random`: draws random numbers.
+    `reads`: values whose data it uses. `writes`: values it makes. `carried`: (old, new) for what an in-place
+    write changes: the written tensor, then its live aliases; the new ones are in `writes` too.
+    `reaches_host`: the data reach Python or decide a shape. `is_random`: draws random numbers.
     """
 
     name: str
@@ -54,8 +55,8 @@ class Leaf:
 class Call:
     """One call of one module: `ops[first_op:end_op]` ran inside it, `calls[index + 1:end_call]` are below it.
 
-    `number` counts the calls of the same path. `arguments`: the value of every argument leaf (positional, then
-    keyword), None for what is no tensor. `in_list`: the module is an element of a `ModuleList`.
+    `number` counts the calls of the same path. `arguments`: the value of every argument leaf (positional,
+    then keyword), None for what is no tensor. `in_list`: the module is an element of a `ModuleList`.
     """
 
     path: str
@@ -66,7 +67,7 @@ class Call:
     end_call: int
     arguments: tuple[int | None, ...]
     outputs: tuple[Leaf, ...]
-    structure: TreeSpec | None
+    structure: Structure | None
     in_list: bool
     has_parameters: bool
 
@@ -88,9 +89,9 @@ class Recording:
     """One forward of one denoiser with one structure of inputs. `calls[0]` is the denoiser itself.
 
     Per value: `makers` (index of the operation, -1 for what was there before), `storages` (an index that two
-    values share if they alias), `input_of` and `tensor_of` (name of the denoiser input; position in `tensors`).
-    `mode`: `"fake"`, `"mixed"` or `"real"`, the tensors it was made with. `kept`: (module path, attribute, value)
-    of tensors that the forward left on modules.
+    values share if they alias), `input_of` and `tensor_of` (name of the denoiser input; position in
+    `tensors`). `mode`: `"fake"`, `"mixed"` or `"real"`, the tensors it was made with. `kept`: (module path,
+    attribute, value) of tensors that the forward left on modules.
     """
 
     calls: tuple[Call, ...]
@@ -143,8 +144,8 @@ class Recording:
 
     @cached_property
     def steering_inputs(self) -> frozenset[str]:
-        """Inputs whose values, not only shapes, the recorded forward depended on: they reached Python or decided a
-        shape (Lumina2 takes lengths from its mask). Another value may need another recording."""
+        """Inputs whose values, not only shapes, the recorded forward depended on: they reached Python or
+        decided a shape (Lumina2 takes lengths from its mask). Another value may need another recording."""
         if not any(op.reaches_host for op in self.ops):
             return frozenset()
         flows: list[frozenset[str]] = [frozenset()] * len(self.makers)

@@ -14,16 +14,18 @@ from asyncdiff.trace.recording import Call, Leaf, ModelTensor, Op
 from asyncdiff.trace.tensors import tensor_spec
 from asyncdiff.trace.torch_private import flops_of, storage_key, tree_flatten
 
-# Take shape and dtype of a tensor but not its data: counted as reads they would be phantom edges of the graph.
+# Take shape and dtype of a tensor but not its data: counted as reads they would be phantom edges of the
+# graph.
 _NO_DATA = (
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided",
 )  # fmt: skip
 # Return something else than a tensor without looking at the data.
 _METADATA = (
-    "size", "stride", "numel", "dim", "device", "layout", "storage_offset", "sym_size", "sym_stride", "sym_numel",
-    "sym_storage_offset", "is_contiguous", "sym_is_contiguous", "is_strides_like_format", "is_pinned",
-    "is_same_size", "is_non_overlapping_and_dense", "_has_compatible_shallow_copy_type", "_is_any_true_meta",
+    "size", "stride", "numel", "dim", "device", "layout", "storage_offset",
+    "sym_size", "sym_stride", "sym_numel", "sym_storage_offset",
+    "is_contiguous", "sym_is_contiguous", "is_strides_like_format", "is_pinned", "is_same_size",
+    "is_non_overlapping_and_dense", "_has_compatible_shallow_copy_type",
 )  # fmt: skip
 # Carry the tag of random operators because of their dropout argument only.
 _ATTENTION = ("scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention")
@@ -62,7 +64,7 @@ def _traits(func: Any) -> _Traits:
     tags = func.tags
     return _Traits(
         written=tuple(written),
-        is_view=is_view,
+        is_view=is_view or name == "_unsafe_view",
         ignores_data=name in _NO_DATA,
         is_random=torch.Tag.nondeterministic_seeded in tags,
         is_attention=is_attention,
@@ -72,7 +74,8 @@ def _traits(func: Any) -> _Traits:
 
 
 class Tape:
-    """Accumulates operations, calls and values. Tensors are held weakly: a real trace keeps no activations."""
+    """Accumulates operations, calls and values. Tensors are held weakly: a real trace keeps no
+    activations."""
 
     def __init__(self, tensors: Iterable[tuple[torch.Tensor, ModelTensor]]) -> None:
         self.ops: list[Op] = []
@@ -96,7 +99,8 @@ class Tape:
         self.input_of[self._new_value(tensor, maker=-1)] = name
 
     def value_of(self, tensor: torch.Tensor) -> int:
-        """The tensor's value now. One never seen before came from outside, or is an alias made unseen (`.data`)."""
+        """The tensor's value now. One never seen before came from outside, or is an alias made unseen
+        (`.data`)."""
         known = self._current.get(id(tensor))
         if known is not None and known[0]() is tensor:
             return known[1]
@@ -111,6 +115,8 @@ class Tape:
     def note_op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Records one operator call that has just run."""
         traits = _traits(func)
+        if traits.is_metadata:
+            return
         read_tensors = list(_tensors_in((args, kwargs)))
         out_tensors = list(_tensors_in(out))
         values = [self.value_of(tensor) for tensor in read_tensors]
@@ -123,7 +129,9 @@ class Tape:
                 known.add(id(tensor))
                 writes.append(self._new_value(tensor, op_index))
         flops = flops_of(func, args, kwargs, out)
-        moved = 0 if traits.is_view else sum(map(_num_bytes, read_tensors)) + sum(map(_num_bytes, out_tensors))
+        moved = (
+            0 if traits.is_view else sum(map(_num_bytes, read_tensors)) + sum(map(_num_bytes, out_tensors))
+        )
         returns_number = bool(read_tensors) and not out_tensors and not writes and out is not None
         self.ops.append(
             Op(
@@ -134,7 +142,7 @@ class Tape:
                 carried=tuple(carried),
                 flops=flops,
                 memory_bytes=float(moved),
-                reaches_host=(returns_number and not traits.is_metadata)
+                reaches_host=returns_number
                 or (traits.has_dynamic_shape and _shape_depends_on_data(func, args)),
                 is_random=_is_random(traits, args, kwargs),
             )
@@ -148,9 +156,14 @@ class Tape:
         """Opens a module call; returns its index."""
         number = self._numbers.get(path, 0)
         self._numbers[path] = number + 1
-        arguments = tuple(
-            self.value_of(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in tree_flatten(args)[0]
-        ) if self._stack else ()
+        arguments = (
+            tuple(
+                self.value_of(leaf) if isinstance(leaf, torch.Tensor) else None
+                for leaf in tree_flatten(args)[0]
+            )
+            if self._stack
+            else ()
+        )
         parent = self._stack[-1] if self._stack else -1
         index = len(self.calls)
         first = len(self.ops)
@@ -219,7 +232,7 @@ class Tape:
     def _write(self, written: list[torch.Tensor], op_index: int) -> tuple[list[int], list[tuple[int, int]]]:
         carried: dict[int, int] = {}
         for tensor in written:
-            for alias in self._live_aliases(tensor) or [tensor]:
+            for alias in (tensor, *self._live_aliases(tensor)):  # the written one first
                 old = self.value_of(alias)
                 if old not in carried and old not in carried.values():
                     carried[old] = self._new_value(alias, op_index)

@@ -1,6 +1,7 @@
 """Everything of torch's private API that the trace and the stages use, in one place.
 
-Holds for torch 2.6 to 2.13 as far as the names go; `tests/trace/test_torch_private.py` says which versions were run.
+Holds for torch 2.6 to 2.13 as far as the names go; `tests/trace/test_torch_private.py` says which versions
+were run.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-TreeSpec = pytree.TreeSpec
-
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "Structure",
     "TorchDispatchMode",
     "TorchFunctionMode",
-    "TreeSpec",
     "eager_flex_attention",
     "flops_of",
     "key_path_name",
@@ -34,20 +33,62 @@ __all__ = [
 ]
 
 
-def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+class Structure:
+    """The nesting of a flattened tree (pytree's spec) that pickles without torch's own classes for leaves,
+    whose unpickling warns since torch 2.10."""
+
+    def __init__(self, spec: pytree.TreeSpec) -> None:
+        self.spec = spec
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(repr(self.spec))
+
+    def __repr__(self) -> str:
+        return repr(self.spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _structure_of, (_plain(self.spec),)
+
+
+def _plain(spec: pytree.TreeSpec) -> Any:
+    if spec.is_leaf():
+        return None
+    return (spec.type, spec.context, [_plain(child) for child in _children(spec)])
+
+
+def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    return spec.children() if hasattr(spec, "children") else spec.children_specs
+
+
+def _structure_of(plain: Any) -> Structure:
+    return Structure(_spec_of(plain))
+
+
+def _spec_of(plain: Any) -> pytree.TreeSpec:
+    if plain is None:
+        return pytree.tree_structure(0)
+    kind, context, children = plain
+    return pytree.TreeSpec(kind, context, [_spec_of(child) for child in children])
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Structure]:
     """Leaves and structure of nested lists, tuples, dicts and registered outputs; None is a leaf."""
-    return pytree.tree_flatten(tree)
+    leaves, spec = pytree.tree_flatten(tree)
+    return leaves, Structure(spec)
 
 
-def tree_unflatten(leaves: list[Any], structure: TreeSpec) -> Any:
+def tree_unflatten(leaves: list[Any], structure: Structure) -> Any:
     """The inverse of `tree_flatten`, with containers of its own."""
-    return pytree.tree_unflatten(leaves, structure)
+    return pytree.tree_unflatten(leaves, structure.spec)
 
 
-def tree_flatten_named(tree: dict[str, Any]) -> tuple[list[str], list[Any], TreeSpec]:
+def tree_flatten_named(tree: dict[str, Any]) -> tuple[list[str], list[Any], Structure]:
     """Like `tree_flatten`, with the dotted name of every leaf (`"added_cond_kwargs.text_embeds"`)."""
-    pairs, structure = pytree.tree_flatten_with_path(tree)
-    return [key_path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], structure
+    pairs, spec = pytree.tree_flatten_with_path(tree)
+    return [key_path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], Structure(spec)
 
 
 def key_path_name(path: tuple[Any, ...]) -> str:
@@ -63,7 +104,8 @@ def _key_name(key: Any) -> str:
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:
-    """Identifies a tensor's storage while it lives; None for tensors without one (sparse, wrapper subclasses)."""
+    """Identifies a tensor's storage while it lives; None for tensors without one (sparse, wrapper
+    subclasses)."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
@@ -85,7 +127,8 @@ _MISSING = _missing_formulas()
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
-    """FLOPs (multiply-adds counted twice) of one operator call; 0 for those without a formula (elementwise)."""
+    """FLOPs (multiply-adds counted twice) of one operator call; 0 for those without a formula
+    (elementwise)."""
     packet = getattr(func, "_overloadpacket", None)
     if packet in _MISSING:
         return float(_MISSING[packet](*args, **kwargs))

@@ -20,6 +20,29 @@ def empty_tensor(spec: TensorSpec, device: torch.device | str) -> torch.Tensor:
     return torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device=device)
 
 
+def dense_spec(spec: TensorSpec) -> TensorSpec:
+    """The spec of a copy: the same strides where they fill a piece of memory without gaps, else row-major ones."""
+    expected = 1
+    for stride, size in sorted(zip(spec.stride, spec.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return TensorSpec(spec.shape, tuple(torch.empty(spec.shape, device="meta").stride()), spec.dtype)
+        expected *= size
+    return spec
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """The elements of a CPU tensor in logical (row-major) order."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def tensor_of(spec: TensorSpec, data: bytes) -> torch.Tensor:
+    """A CPU tensor with these elements, in the memory order of the spec."""
+    made = empty_tensor(dense_spec(spec), "cpu")
+    if data:
+        made.copy_(torch.frombuffer(bytearray(data), dtype=made.dtype).view(spec.shape))
+    return made
+
+
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every registered parameter and buffer by dotted name, tied ones under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)

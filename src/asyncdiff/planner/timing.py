@@ -1,0 +1,36 @@
+"""How long a plan is expected to take on a machine."""
+
+from __future__ import annotations
+
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.planner.plan import Plan
+from asyncdiff.schedule import build_schedule
+from asyncdiff.simulate import Machine, Timeline, simulate
+
+
+def simulate_plan(plan: Plan, machine: Machine, *, num_steps: int, driver_seconds: float = 0.0) -> Timeline:
+    """The simulated timeline of a run of `num_steps` steps by a plan, from the seconds and bytes it predicts.
+
+    Raises `ConfigurationError` where the plan has no predictions or the machine another number of devices.
+    """
+    if plan.predictions is None:
+        raise ConfigurationError("The plan has no predictions to simulate with. Let it be made from a graph.")
+    transfer_bytes = {(producer, reader): size for producer, reader, size in plan.predictions.crossing_bytes}
+    schedule = build_schedule(
+        kind=plan.kind,
+        num_stages=plan.num_stages,
+        stride=plan.stride,
+        warmup_steps=plan.warmup_steps,
+        num_steps=num_steps,
+        time_shift=plan.time_shift,
+        forecast=plan.forecast,
+        crossings=transfer_bytes,
+    )
+    return simulate(
+        schedule,
+        machine,
+        segment_seconds=plan.predictions.segment_seconds,
+        transfer_bytes=transfer_bytes,
+        prediction_bytes=plan.predictions.prediction_bytes,
+        driver_seconds=driver_seconds,
+    )

@@ -1,0 +1,65 @@
+"""The measurements measure what they say: figures that can be known beforehand come out, the rest is there.
+
+Speed is their output and never asserted here.
+"""
+
+import json
+import math
+
+import pytest
+
+from asyncdiff.bench.architectures import ARCHITECTURES, architecture_named, build_denoiser
+from asyncdiff.bench.demo import run_demo
+from asyncdiff.bench.step import run_step
+from asyncdiff.demo import DEMO_CAPTIONS
+from asyncdiff.errors import ConfigurationError
+
+# Of the published checkpoints; sd3's position table is a buffer and not counted.
+PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684, "sd3": 2_028_328_000}
+
+
+@pytest.mark.timeout(300)
+def test_step_sends_what_the_graph_says_and_divides_the_weights():
+    result = run_step(
+        arch="demo", size=64, dtype="float32", devices=["cpu", "cpu"], num_stages=2, runs=1, steps=4
+    )
+    values = json.loads(json.dumps(result.to_json()))
+    assert values["bytes_per_step"] == values["expected_bytes_per_step"] > 0
+    assert 1 <= sum(values["weight_share"]) < 1.1
+    assert all(0 < share < 1 for share in values["weight_share"])
+    for name in ("ms_per_step_in_order", "ms_per_step", "ratio", "ceiling"):
+        assert values[name] > 0
+    assert len(values["resident_bytes"]) == 2
+
+
+@pytest.mark.timeout(300)
+def test_demo_in_order_throughout_is_the_same_picture():
+    result = run_demo(["cpu", "cpu"], num_stages=2, warmup_steps=4, steps=4, runs=1)
+    assert result.psnr_db == math.inf
+    assert result.to_json()["devices"] == ["cpu", "cpu"]
+
+
+@pytest.mark.timeout(300)
+def test_demo_draws_every_caption_and_writes_a_trace(tmp_path):
+    result = run_demo(["cpu", "cpu"], num_stages=2, steps=12, runs=1)
+    assert 15 < result.psnr_lowest_db <= result.psnr_db < math.inf
+    assert result.picture.width > 300
+    result.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["tid"] for event in events if event.get("cat") == "compute"} == {0, 2}
+    assert len(DEMO_CAPTIONS) >= 8
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_architecture_has_the_published_number_of_parameters(name):
+    from accelerate import init_empty_weights
+    import torch
+
+    with init_empty_weights():
+        denoiser = build_denoiser(architecture_named(name), torch.float32)
+    assert denoiser.num_parameters() == PARAMETERS[name]
+
+
+def test_unknown_architecture_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigurationError, match=r"--arch sd9 is not known. Use one of demo, sd15, "):
+        architecture_named("sd9")

@@ -1,0 +1,6 @@
+"""Makes `tiny_pipelines` (shared by the tests of pipelines) importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,132 @@
+"""A second implementation of docs/method.md, by other means than the package: no schedule, no stubs, no messages.
+
+Every evaluation runs the whole denoiser, in which the blocks of other stages return what the formulas say they are
+(a version that was written down, or the line through two). Slow and simple.
+
+Letters: N stages, S stride, w warm-up steps, T steps; b the first step of a round, q a step of it; E and Z the blocks
+of the outer stage of a nested split before and after the inner ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+
+class Reference:
+    """The forward of `denoiser` as N + S - 1 devices would give it. `stages[k]`: names of the blocks of stage k."""
+
+    def __init__(
+        self, denoiser: nn.Module, noise_scheduler: Any, stages: list[list[str]], *, nested: bool = False,
+        S: int = 1, w: int = 1, time_shift: bool = False, forecast: bool = True,
+    ) -> None:  # fmt: skip
+        self.denoiser = denoiser
+        self.forward = type(denoiser).forward.__get__(denoiser)
+        self.noise_scheduler = noise_scheduler
+        self.stages, self.nested = stages, nested
+        self.S, self.w, self.time_shift, self.forecast = S, w, time_shift, forecast
+        self.names = [name for names in stages for name in names]
+        self.latents_name = next(iter(inspect.signature(self.forward).parameters))
+        self.step = 0
+        self.states: dict[str, list[tuple[int, Any]]] = {name: [] for name in self.names}
+        self.predictions: dict[int, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(self.forward).bind(*args, **kwargs).arguments
+        conditions = call | call.pop("ignored", {})
+        sample, timestep = conditions.pop(self.latents_name), conditions.pop("timestep")
+        s, self.step = self.step, self.step + 1
+        self.timestep_shape = timestep.shape
+        if s < self.w:
+            produced, prediction = self.evaluate(self.names, sample, timestep, conditions, self.nothing)
+            self.keep(s, produced)
+            return prediction
+        if s not in self.predictions:
+            self.run_round(s, sample, conditions)
+        return self.predictions.pop(s)
+
+    def run_round(self, b: int, sample: torch.Tensor, conditions: dict[str, Any]) -> None:
+        """Section 3 (chain) and section 6 (nested): all reads are of earlier rounds, but those of E."""
+        steps = range(b, min(b + self.S, len(self.noise_scheduler.timesteps)))
+        produced: dict[str, Any] = {}
+        predicting = self.stages[0] if self.nested else self.stages[-1]
+        for q in steps:
+            E_and_Z, prediction = self.evaluate(
+                predicting, self.scaled(sample, b, q), self.timestep(q), conditions, lambda name, q=q: self.read(name, q)
+            )
+            self.predictions[q] = tree_map(torch.clone, prediction)
+            if self.nested:
+                produced = E_and_Z  # E of the last copy is the state of the round
+        last = steps[-1]
+        fresh = dict(produced)
+        for stage in self.stages[1:] if self.nested else self.stages[:-1]:
+
+            def foreign(name: str) -> Any:
+                return fresh[name] if name in fresh else self.read(name, last)
+
+            values, _ = self.evaluate(
+                stage, self.scaled(sample, b, last), self.timestep(last), conditions, foreign
+            )
+            produced |= values
+        self.keep(b, produced)
+
+    def evaluate(
+        self, own: list[str], sample: torch.Tensor, timestep: Any, conditions: dict[str, Any], foreign: Callable[[str], Any]
+    ) -> tuple[dict[str, Any], Any]:
+        """One forward with the blocks `own`; what they produced, and the denoiser's output."""
+        produced: dict[str, Any] = {}
+
+        def standing_in(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if name not in own:
+                    return foreign(name)
+                produced[name] = forward(*args, **kwargs)
+                return produced[name]
+
+            return run
+
+        modules = {name: self.denoiser.get_submodule(name) for name in self.names}
+        for name, module in modules.items():
+            vars(module)["forward"] = standing_in(name, module.forward)
+        try:
+            timesteps = torch.as_tensor(timestep).expand(self.timestep_shape)
+            return produced, self.forward(**{self.latents_name: sample, "timestep": timesteps}, **conditions)
+        finally:
+            for module in modules.values():
+                del vars(module)["forward"]
+
+    def nothing(self, name: str) -> Any:
+        raise AssertionError(f"{name} is foreign in a step that runs in order")
+
+    def keep(self, label: int, produced: dict[str, Any]) -> None:
+        for name, value in produced.items():
+            self.states[name] = [(label, tree_map(torch.clone, value)), *self.states[name][:1]]
+
+    def read(self, name: str, s: int) -> Any:
+        """Section 5. A block that nothing was ever read of may be without a state."""
+        (a, newest), *older = self.states[name]
+        if not self.forecast or not older:
+            return newest
+        b, oldest = older[0]
+        r = (s - a) / (a - b)
+        # H(a) + r (H(a) - H(b)), in the kernel that rounds once.
+        return tree_map(
+            lambda new, old: torch.lerp(new, old, -r) if new.is_floating_point() else new, newest, oldest
+        )
+
+    def timestep(self, q: int) -> torch.Tensor:
+        """Section 4."""
+        return self.noise_scheduler.timesteps[q - 1 if self.time_shift else q]
+
+    def scaled(self, sample: torch.Tensor, b: int, q: int) -> torch.Tensor:
+        """Section 3, noise schedulers that scale the input by c_in = 1 / sqrt(sigma^2 + 1)."""
+        scales = hasattr(self.noise_scheduler, "scale_model_input") and hasattr(self.noise_scheduler, "sigmas")
+        if not scales or q == b:
+            return sample
+        c_b, c_q = (1 / float((self.noise_scheduler.sigmas[i] ** 2 + 1) ** 0.5) for i in (b, q))
+        return sample * (c_q / c_b)

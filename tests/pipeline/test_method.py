@@ -1,0 +1,124 @@
+"""The runtime does what docs/method.md says: bitwise, against an independent implementation in `reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    ConfigMixin,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    PNDMScheduler,
+)
+from diffusers.configuration_utils import register_to_config
+from reference import Reference
+from tiny_pipelines import denoiser, generate, sd, sd3, sdxl, unet
+from torch import nn
+
+import asyncdiff
+
+pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
+
+STEPS = 9
+DIVISIONS = {
+    "whole": [["a", "b", "c", "d"]],
+    "chain of 2": [["a", "b"], ["c", "d"]],
+    "chain of 3": [["a"], ["b", "c"], ["d"]],
+    "nested of 2": [["a", "d"], ["b", "c"]],
+    "nested of 3": [["a", "d"], ["b"], ["c"]],
+}
+
+
+class Block(nn.Module):
+    """Mixes its inputs with the timestep. Returns a mask too if told so: integers are never forecast."""
+
+    def __init__(self, width: int, inputs: int, masks: bool = False) -> None:
+        super().__init__()
+        self.mix = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(inputs))
+        self.masks = masks
+
+    def forward(self, timestep: torch.Tensor, *hidden: torch.Tensor) -> Any:
+        mixed = sum(conv(h) for conv, h in zip(self.mix, hidden, strict=True))
+        out = torch.tanh(mixed * (1 + torch.sin(timestep / 300)))
+        return (out, (out > 0).long()) if self.masks else out
+
+
+class Toy(ModelMixin, ConfigMixin):
+    """Four blocks in a row with skips over one and two of them; the latents enter in three places."""
+
+    @register_to_config
+    def __init__(self, in_channels: int = 4, sample_size: int = 8, time_cond_proj_dim: int | None = None) -> None:
+        super().__init__()
+        self.a, self.b = Block(in_channels, 1, masks=True), Block(in_channels, 2)
+        self.c, self.d = Block(in_channels, 2), Block(in_channels, 4)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **ignored: Any
+    ) -> tuple[torch.Tensor]:
+        x = sample + encoder_hidden_states.mean()
+        a, mask = self.a(timestep, x)
+        b = self.b(timestep, a, x)
+        c = self.c(timestep, b, a)
+        return (self.d(timestep, c, b * mask, a, sample),)
+
+
+def toy() -> Toy:
+    torch.manual_seed(0)
+    return Toy().eval()
+
+
+def latents_by_reference(pipe: Any, stages: list[list[str]], *, steps: int = STEPS, **settings: Any) -> torch.Tensor:
+    module = denoiser(pipe)
+    vars(module)["forward"] = Reference(module, pipe.scheduler, stages, **settings)
+    try:
+        return generate(pipe, steps=steps)
+    finally:
+        del vars(module)["forward"]
+
+
+@pytest.mark.parametrize("forecast", ["none", "linear"])
+@pytest.mark.parametrize("time_shift", [False, True], ids=["", "time shift"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_toy_follows_the_method(division: str, stride: int, time_shift: bool, forecast: str) -> None:
+    """With Euler's noise scheduler, which scales the latents by a factor of the step."""
+    stages = DIVISIONS[division]
+    pipe = sd(unet=toy(), scheduler=EulerDiscreteScheduler())
+    settings = {"S": stride, "time_shift": time_shift, "forecast": forecast == "linear"}
+    nested = division.startswith("nested")
+    expected = {w: latents_by_reference(pipe, stages, nested=nested, w=w, **settings) for w in (1, 2, 4)}
+    with asyncdiff.parallelize(
+        pipe, num_stages=len(stages), stride=stride, time_shift=time_shift, forecast=forecast, partition=stages
+    ) as handle:
+        for warmup_steps, latents in expected.items():
+            handle.set(warmup_steps=warmup_steps)
+            assert torch.equal(generate(pipe, steps=STEPS), latents), f"warmup_steps={warmup_steps}"
+
+
+@pytest.mark.parametrize("kind", ["chain", "nested"])
+@pytest.mark.parametrize(("num_stages", "stride"), [(2, 1), (3, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: sd(scheduler=PNDMScheduler(skip_prk_steps=True)),
+        lambda: sd(unet=unet(block_out_channels=(8, 16), layers_per_block=2), scheduler=EulerDiscreteScheduler()),
+        lambda: sdxl(),
+        lambda: sd3(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    ],
+    ids=["sd PNDM", "sd Euler", "sdxl DDIM", "sd3 flow matching"],
+)
+def test_real_denoiser_follows_the_method(
+    build: Callable[[], Any], num_stages: int, stride: int, kind: str
+) -> None:
+    pipe = build()
+    with asyncdiff.parallelize(pipe, num_stages=num_stages, stride=stride, warmup_steps=2, partition=kind) as handle:
+        latents = generate(pipe, steps=STEPS)
+        stages = [list(names) for names in handle.plan.stages]
+    assert handle.plan.kind == kind
+    expected = latents_by_reference(pipe, stages, nested=kind == "nested", S=stride, w=2)
+    assert torch.equal(latents, expected)
+    assert not torch.equal(latents, generate(pipe, steps=STEPS))
