@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INCOMPLETE := $(VENV)/.incomplete
 
-.PHONY: help demo test lint types imports tests clean
+.PHONY: help demo test lint types imports tests benchmarks clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,14 @@ imports: $(INSTALLED)
 
 tests: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Measures what the README and docs/benchmarks show, on this machine; best when it does nothing else.
+benchmarks: $(INSTALLED)
+	$(BIN)/asyncdiff demo --picture docs/images/demo.png --json docs/benchmarks/demo.json
+	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --dtype bfloat16 --devices 2 --stages 2 --stride 1 \
+		--json docs/benchmarks/step-sd21.json
+	$(BIN)/python -m asyncdiff.bench.readme README.md --demo docs/benchmarks/demo.json \
+		--step docs/benchmarks/step-sd21.json
 
 # The mark .incomplete stays behind when an installation is interrupted: pip then takes half-written packages for
 # installed ones, so the next attempt starts from nothing. Otherwise only what changed is installed.

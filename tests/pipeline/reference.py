@@ -9,6 +9,7 @@ of the outer stage of a nested split before and after the inner ones.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +60,7 @@ class Reference:
             E_and_Z, prediction = self.evaluate(
                 predicting, self.scaled(sample, b, q), self.timestep(q), conditions, lambda name, q=q: self.read(name, q)
             )
-            self.predictions[q] = tree_map(torch.clone, prediction)
+            self.predictions[q] = copy.deepcopy(prediction)
             if self.nested:
                 produced = E_and_Z  # E of the last copy is the state of the round
         last = steps[-1]
@@ -105,7 +106,7 @@ class Reference:
 
     def keep(self, label: int, produced: dict[str, Any]) -> None:
         for name, value in produced.items():
-            self.states[name] = [(label, tree_map(torch.clone, value)), *self.states[name][:1]]
+            self.states[name] = [(label, copy.deepcopy(value)), *self.states[name][:1]]
 
     def read(self, name: str, s: int) -> Any:
         """Section 5. A block that nothing was ever read of may be without a state."""
@@ -116,7 +117,7 @@ class Reference:
         r = (s - a) / (a - b)
         # H(a) + r (H(a) - H(b)), in the kernel that rounds once.
         return tree_map(
-            lambda new, old: torch.lerp(new, old, -r) if new.is_floating_point() else new, newest, oldest
+            lambda new, old: torch.lerp(new, old, -r) if is_forecast(new) else new, newest, oldest
         )
 
     def timestep(self, q: int) -> torch.Tensor:
@@ -130,3 +131,7 @@ class Reference:
             return sample
         c_b, c_q = (1 / float((self.noise_scheduler.sigmas[i] ** 2 + 1) ** 0.5) for i in (b, q))
         return sample * (c_q / c_b)
+
+
+def is_forecast(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()

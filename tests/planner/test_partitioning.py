@@ -15,7 +15,12 @@ from asyncdiff.planner import estimate_seconds, partition_chain, partition_neste
 
 
 def make_graph(
-    seconds: list[float], reads: list[list[int]], output_reads: list[int], sizes: list[int], glue: float = 0.0
+    seconds: list[float],
+    reads: list[list[int]],
+    output_reads: list[int],
+    sizes: list[int],
+    glue: float = 0.0,
+    weights: list[int] | None = None,
 ) -> BlockGraph:
     """Blocks b0, b1, ... of one output leaf each; `reads[i]`: positions of the blocks that b_i reads."""
     blocks = tuple(
@@ -23,7 +28,7 @@ def make_graph(
             key=BlockKey(f"b{i}"),
             flops=cost,
             memory_bytes=0.0,
-            parameter_bytes=10,
+            parameter_bytes=weights[i] if weights else 10,
             outputs=(TensorSpec((size,), (1,), "float32"),),
             reads=tuple(Atom(f"b{producer}", 0, 0) for producer in sorted(set(producers))),
             inputs=(),
@@ -42,8 +47,9 @@ def graphs(draw: st.DrawFn, least: int) -> BlockGraph:
     reads = [draw(st.lists(st.integers(0, i - 1), max_size=3)) if i else [] for i in range(n)]
     output_reads = draw(st.lists(st.integers(0, n - 1), max_size=2))
     sizes = [draw(st.integers(1, 5)) for _ in range(n)]
+    weights = [draw(st.integers(0, 4)) for _ in range(n)]
     # With work in the blocks at all, glue costs its FLOPs in seconds here: a block's FLOPs are its seconds.
-    return make_graph(seconds, reads, output_reads, sizes, glue=float(draw(st.integers(0, 2))))
+    return make_graph(seconds, reads, output_reads, sizes, float(draw(st.integers(0, 2))), weights)
 
 
 def all_chains(graph: BlockGraph, num_stages: int) -> Iterator[Partition]:
@@ -70,6 +76,11 @@ def largest_stage(graph: BlockGraph, partition: Partition, speeds: tuple[float, 
     return max(cost / min(own) for cost, own in zip(costs, devices, strict=True))
 
 
+def largest_share(graph: BlockGraph, partition: Partition) -> float:
+    held = {block.key: block.parameter_bytes for block in graph.blocks}
+    return max(sum(held[key] for key in keys) for keys in partition.stages) / max(sum(held.values()), 1)
+
+
 def crossing_bytes_of(graph: BlockGraph, partition: Partition, stride: int) -> int:
     """One message of each leaf to each device of each stage that reads it."""
     segments = partition.segments(graph)
@@ -84,19 +95,27 @@ def crossing_bytes_of(graph: BlockGraph, partition: Partition, stride: int) -> i
 @given(data=st.data())
 @settings(max_examples=150)
 def test_partition_is_the_best_there_is(kind: str, data: st.DataObject) -> None:
-    """The least largest stage, and among the partitions within the tolerance the fewest crossing bytes."""
+    """Of those that fit the devices the least largest stage, and within the tolerance the fewest bytes."""
     num_stages, stride = data.draw(st.integers(2 if kind == "nested" else 1, 4)), data.draw(st.integers(1, 3))
     graph = data.draw(graphs(least=num_stages + 1))
     speeds = tuple(data.draw(st.sampled_from([0.5, 1.0, 3.0])) for _ in range(num_stages + stride - 1))
     imbalance = data.draw(st.sampled_from([0.0, 0.005, 0.3]))
     cut, every = (partition_nested, all_nested) if kind == "nested" else (partition_chain, all_chains)
-    best = min(largest_stage(graph, each, speeds) for each in every(graph, num_stages))
-    allowed = [
-        each
-        for each in every(graph, num_stages)
-        if largest_stage(graph, each, speeds) <= best * (1 + imbalance) * (1 + 1e-12)
+    share = data.draw(st.sampled_from([None, 0.4, 0.6]))
+    possible = [
+        each for each in every(graph, num_stages) if share is None or largest_share(graph, each) <= share + 1e-12
     ]
-    found = cut(graph, num_stages, speeds=speeds, stride=stride, imbalance=imbalance)
+    options = dict(speeds=speeds, stride=stride, imbalance=imbalance, max_weight_share=share)
+    if not possible:
+        with pytest.raises(ConfigurationError, match="within the given share"):
+            cut(graph, num_stages, **options)
+        return
+    best = min(largest_stage(graph, each, speeds) for each in possible)
+    allowed = [
+        each for each in possible if largest_stage(graph, each, speeds) <= best * (1 + imbalance) * (1 + 1e-12)
+    ]
+    found = cut(graph, num_stages, **options)
+    assert found in possible
     found.validate(graph)
     assert largest_stage(graph, found, speeds) <= best * (1 + imbalance) * (1 + 1e-6)
     fewest = min(crossing_bytes_of(graph, each, stride) for each in allowed)

@@ -13,11 +13,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Case:
-    """A denoiser class, and inputs for a batch and a latent size."""
+    """A denoiser class, and inputs for a batch and a latent size. `mode`: what its trace needs."""
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int, int], dict[str, Any]]
+    mode: str = "fake"
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -241,6 +242,59 @@ def wan_inputs(batch: int, size: int) -> dict[str, Any]:
     }
 
 
+def qwen_image() -> nn.Module:
+    """Holds its rope frequencies as plain attributes, not buffers."""
+    return diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16,
+        num_attention_heads=3, joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+
+
+def qwen_image_inputs(batch: int, size: int) -> dict[str, Any]:
+    side = size // 4
+    return {
+        "hidden_states": randn(batch, side * side, 16),
+        "encoder_hidden_states": randn(batch, 7, 16),
+        "encoder_hidden_states_mask": torch.ones(batch, 7, dtype=torch.long),
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [(1, side, side)] * batch,
+        "return_dict": False,
+    }
+
+
+def z_image() -> nn.Module:
+    return diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=16, n_layers=3, n_refiner_layers=1,
+        n_heads=1, n_kv_heads=2, cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+
+
+def z_image_inputs(batch: int, size: int) -> dict[str, Any]:
+    """Latents are a list with one tensor per sample."""
+    return {
+        "x": [randn(16, 1, size, size) for _ in range(batch)],
+        "cap_feats": [randn(6, 16) for _ in range(batch)],
+        "t": torch.full((batch,), 0.1),
+    }
+
+
+def lumina2() -> nn.Module:
+    return diffusers.Lumina2Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=3, num_refiner_layers=1,
+        num_attention_heads=3, num_kv_heads=1, multiple_of=2, scaling_factor=1.0, axes_dim_rope=(4, 2, 2),
+        axes_lens=(128, 128, 128), cap_feat_dim=32,
+    )  # fmt: skip
+
+
+def lumina2_inputs(batch: int, size: int) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(batch, 4, size, size),
+        "encoder_hidden_states": randn(batch, 10, 32),
+        "timestep": torch.rand(batch),
+        "encoder_attention_mask": torch.ones(batch, 10, dtype=torch.bool),
+    }
+
+
 CASES = (
     Case("SD1.5", unet_sd15, unet_inputs),
     Case("SD2.1", lambda: unet_small(use_linear_projection=True, attention_head_dim=(1, 2, 4)), unet_inputs),
@@ -255,5 +309,8 @@ CASES = (
     Case("DiT", dit, dit_inputs),
     Case("UNet2D", unet2d, unet2d_inputs),
     Case("Wan", wan, wan_inputs),
+    Case("QwenImage", qwen_image, qwen_image_inputs),
+    Case("Z-Image", z_image, z_image_inputs),
+    Case("Lumina2", lumina2, lumina2_inputs, mode="mixed"),
 )
 BY_NAME = {case.name: case for case in CASES}

@@ -116,7 +116,8 @@ def poisoned(tensor: torch.Tensor) -> torch.Tensor:
 def whole(module: nn.Module, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The unsplit denoiser's tensor leaves, computed on inputs of its own."""
     with torch.no_grad():
-        out = module(**inputs_of(module, kwargs).rebuild())
+        inputs = inputs_of(module, kwargs)
+        out = module(**inputs.rebuild({name: tensor.clone() for name, tensor in inputs.tensors().items()}))
     return [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
 
 

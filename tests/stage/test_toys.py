@@ -133,6 +133,12 @@ class InPlaceGlue(Toy):
         return sample
 
 
+class WritesItsInput(Toy):
+    def forward(self, sample):
+        sample *= 2
+        return super().forward(sample)
+
+
 class Swallowing(Toy):
     """Catches every Exception of its layers: the early exit must get through."""
 
@@ -158,6 +164,7 @@ class Swallowing(Toy):
         ScaledArgument,
         InPlaceGlue,
         Swallowing,
+        WritesItsInput,
     ],
 )
 @pytest.mark.parametrize(("kind", "num_stages"), [("chain", 2), ("chain", 4), ("nested", 2), ("nested", 3)])
@@ -204,6 +211,21 @@ def test_what_is_received_is_not_written_into():
     before = {atom: value.clone() for atom, value in values.items()}
     replica.run(0, {}, {}, lambda _, atom: values[atom], lambda *_: None)
     assert all(torch.equal(values[atom], before[atom]) for atom in values)
+
+
+def test_an_input_that_is_written_into_may_be_given_again():
+    torch.manual_seed(0)
+    module = WritesItsInput()
+    kwargs = {"sample": torch.randn(2, 8)}
+    recording = record(module, inputs_of(module, kwargs), device="cpu", live=True)
+    graph = find_blocks(recording, 2)
+    spec = stage_spec(recording, graph, cut(graph, "chain", 2), 0)
+    replica = StageReplica(stage_copy(module, spec))
+    replica.prepare("key", spec)
+    before = kwargs["sample"].clone()
+    (_, first), (_, second) = run(replica, kwargs), run(replica, kwargs)
+    assert torch.equal(first[0][1], second[0][1])
+    assert torch.equal(kwargs["sample"], before)
 
 
 def prepared():

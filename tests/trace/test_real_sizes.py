@@ -91,7 +91,6 @@ def best_chain_share(costs, num_stages):
     return best[-1] * num_stages / sum(costs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("build", [sd15, sd21, sdxl, sd3])
 def test_two_stages_are_balanced_without_weights(build):
     recording = recorded(build)

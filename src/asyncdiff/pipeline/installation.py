@@ -216,8 +216,7 @@ class Installation:
 
     def _place(self, inputs: Inputs) -> PlacedCall:
         pipe = calling_pipeline(self.denoiser) or self.pipe
-        scheduler = getattr(pipe, "scheduler", None)
-        call = self._runs.place(scheduler, self._context.current, timestep_argument(inputs))
+        call = self._runs.place(pipe, self._context.current, timestep_argument(inputs))
         if not call.position.placed:
             reason = call.position.reason
             self._warn("unplaced", f"a denoiser call runs in order on the devices, without gain: {reason}.")

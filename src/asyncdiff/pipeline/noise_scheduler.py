@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -168,7 +169,10 @@ class _Watching:
 
 
 def _extent_at_call(scheduler: Any) -> Callable[[object, int], Extent]:
+    held_weakly = weakref.ref(scheduler)  # the tracker keeps this function, and is kept where the scheduler is the key
+
     def extent(argument: object, step: int) -> Extent:
+        scheduler = held_weakly()
         return Extent(num_timesteps_of(scheduler), begin_index_of(scheduler, argument, step))
 
     return extent

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,16 +48,17 @@ class Runs:
         self._timestep_scales = timestep_scales
         self._drivers: weakref.WeakKeyDictionary[Any, _Driver] = weakref.WeakKeyDictionary()
         self._numbers = itertools.count()
-        self._open: dict[int, weakref.ref[Any] | None] = {}
+        self._open: dict[int, tuple[weakref.ref[Any], ...]] = {}
         self._ended: list[int] = []
 
     def listen(self, scheduler: Any) -> None:
         """Hear of the runs that a noise scheduler begins from now on."""
         self._driver_of(scheduler, run_is_open=False)
 
-    def place(self, scheduler: Any | None, context: str | None, argument: Any) -> PlacedCall:
-        """Where the call being made stands. `context`: diffusers' cache-context name; `argument`: the denoiser's
-        timestep. A call that cannot be placed is a run of its own."""
+    def place(self, pipe: Any, context: str | None, argument: Any) -> PlacedCall:
+        """Where the call that `pipe` is making stands. `context`: diffusers' cache-context name; `argument`: the
+        denoiser's timestep. A call that cannot be placed is a run of its own."""
+        scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None:
             return self._unplaced(_nowhere("the pipeline has no noise scheduler"), None, self._memory(None))
         driver = self._driver_of(scheduler, run_is_open=True)
@@ -69,10 +69,9 @@ class Runs:
             return self._unplaced(position, scheduler, driver.timesteps)
         is_new = driver.tracker_run != position.run
         if is_new:
-            self._end(lambda owner: owner is None or owner() in (None, scheduler))
             driver.tracker_run, driver.run = position.run, next(self._numbers)
             driver.timesteps.begin_run()
-            self._open[driver.run] = weakref.ref(scheduler)
+            self._begin(driver.run, pipe, scheduler)
         return PlacedCall(position, driver.run, is_new, scheduler, driver.timesteps)
 
     def take_ended(self) -> tuple[int, ...]:
@@ -99,17 +98,22 @@ class Runs:
         return TimestepMemory(int(config.get("num_train_timesteps", 1000)), self._timestep_scales)
 
     def _unplaced(self, position: Position, scheduler: Any | None, timesteps: TimestepMemory) -> PlacedCall:
-        self._end(lambda owner: owner is None)
         run = next(self._numbers)
-        self._open[run] = None
+        self._begin(run, None, None)
         return PlacedCall(position, run, True, scheduler, timesteps)
 
-    def _end(self, is_over: Callable[[weakref.ref[Any] | None], bool]) -> None:
-        """End the open runs whose owner (a reference to their noise scheduler, None for unplaced calls) says so."""
-        ended = [run for run, owner in self._open.items() if is_over(owner)]
-        for run in ended:
-            del self._open[run]
-        self._ended.extend(ended)
+    def _begin(self, run: int, *owners: Any) -> None:
+        """Note an open run of a pipeline and a noise scheduler, either of which has one open run at most; none for a
+        call that could not be placed, which is over by now. Runs whose noise scheduler is gone are over too."""
+        over = [
+            number
+            for number, references in self._open.items()
+            if any((owner := reference()) is None or owner in owners for reference in references) or not references
+        ]
+        for number in over:
+            del self._open[number]
+        self._ended.extend(over)
+        self._open[run] = tuple(weakref.ref(owner) for owner in owners if owner is not None)
 
 
 def _nowhere(reason: str) -> Position:

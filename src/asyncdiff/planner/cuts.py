@@ -9,12 +9,14 @@ n blocks, N stages; `cuts` are positions between blocks, stage k of a chain hold
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias
 
+from asyncdiff.errors import ConfigurationError
 from asyncdiff.planner.crossing import EnteringBytes
 
 _ROUNDING = 1e-9  # relative: differences of prefix sums are not exact
@@ -27,16 +29,33 @@ _Choice: TypeAlias = tuple[tuple[float, float], tuple[int, ...]]
 class Load:
     """The work to divide. `prefix[i]`: seconds of the first i blocks; `fixed`: seconds that every stage adds.
 
-    `speeds`: of each stage's (slowest) device, in stage order.
+    `speeds`: of each stage's (slowest) device, in stage order. `weights[i]`: bytes of the weights of the first i
+    blocks; `most_weights`: what a stage may hold of them.
     """
 
     prefix: tuple[float, ...]
     fixed: float
     speeds: tuple[float, ...]
+    weights: tuple[float, ...]
+    most_weights: float
 
     @classmethod
-    def of(cls, seconds: Sequence[float], fixed: float, speeds: Sequence[float]) -> Load:
-        return cls(tuple(accumulate(seconds, initial=0.0)), fixed, tuple(speeds))
+    def of(
+        cls,
+        seconds: Sequence[float],
+        fixed: float,
+        speeds: Sequence[float],
+        weights: Sequence[float] | None = None,
+        most_weights: float = math.inf,
+    ) -> Load:
+        held = weights or [0.0] * len(seconds)
+        return cls(
+            prefix=tuple(accumulate(seconds, initial=0.0)),
+            fixed=fixed,
+            speeds=tuple(speeds),
+            weights=tuple(accumulate(held, initial=0.0)),
+            most_weights=most_weights * (1.0 + _ROUNDING),
+        )
 
     @property
     def num_blocks(self) -> int:
@@ -45,6 +64,14 @@ class Load:
     def stage_seconds(self, stage: int, start: int, end: int) -> float:
         """Blocks [start, end) on the device of a stage."""
         return (self.prefix[end] - self.prefix[start] + self.fixed) / self.speeds[stage]
+
+    def holds(self, start: int, end: int) -> bool:
+        """Whether a device can hold the weights of the blocks [start, end)."""
+        return self.weights[end] - self.weights[start] <= self.most_weights
+
+    def outer_holds(self, start: int, end: int) -> bool:
+        """Whether the device of stage 0 can hold those of all other blocks."""
+        return self.weights[start] + self.weights[-1] - self.weights[end] <= self.most_weights
 
     def outer_seconds(self, start: int, end: int) -> float:
         """All blocks but [start, end) on the device of stage 0."""
@@ -60,6 +87,7 @@ def chain_cuts(load: Load, entering: EnteringBytes, *, copies: int, imbalance: f
         return _furthest(load, stages, limit, reserve=0)[0] == n
 
     limit = _least_limit(load, fits) * (1.0 + imbalance)
+    _refuse_infinite(limit)
     weights = [1] * (len(stages) - 1) + [copies]
     _, cuts = _fewest_bytes(load, entering, stages, weights, 0, limit)[n]
     return cuts
@@ -76,7 +104,16 @@ def nested_cuts(load: Load, entering: EnteringBytes, *, copies: int, imbalance: 
         return any(_nested_starts(load, stages, limit))
 
     limit = _least_limit(load, fits) * (1.0 + imbalance)
+    _refuse_infinite(limit)
     return min(_nested_candidates(load, entering, stages, copies, limit))[1]
+
+
+def _refuse_infinite(limit: float) -> None:
+    if math.isinf(limit):
+        raise ConfigurationError(
+            "No partition of this kind keeps every device within the given share of the weights. Allow more, or use "
+            "more stages or another kind."
+        )
 
 
 def _nested_starts(load: Load, stages: range, limit: float) -> Iterator[int]:
@@ -84,7 +121,8 @@ def _nested_starts(load: Load, stages: range, limit: float) -> Iterator[int]:
     furthest = _furthest(load, stages, limit, reserve=1)
     for start in range(1, load.num_blocks):
         # Outer stage: the further the inner ones reach, the less is left for it.
-        if furthest[start] and load.outer_seconds(start, furthest[start]) <= limit:
+        end = furthest[start]
+        if end and load.outer_seconds(start, end) <= limit and load.outer_holds(start, end):
             yield start
 
 
@@ -96,13 +134,15 @@ def _nested_candidates(
         inner = _fewest_bytes(load, entering, stages, [1] * len(stages), start, limit)
         for end, ((num_bytes, squares), cuts) in inner.items():
             outer_s = load.outer_seconds(start, end)
-            if end < load.num_blocks and outer_s <= limit:
+            if end < load.num_blocks and outer_s <= limit and load.outer_holds(start, end):
                 yield (num_bytes + copies * entering.around(start, end), squares + outer_s**2), cuts
 
 
 def _least_limit(load: Load, fits: Callable[[float], bool]) -> float:
-    """The least limit on the stages' seconds under which a partition fits, up to rounding."""
+    """The least limit on the stages' seconds under which a partition fits, up to rounding; infinite if none does."""
     low, high = 0.0, (load.prefix[-1] + load.fixed) / min(load.speeds)
+    if not fits(high * (1.0 + _ROUNDING)):
+        return math.inf
     while high - low > _ROUNDING / 10 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
@@ -120,7 +160,10 @@ def _furthest(load: Load, stages: range, limit: float, *, reserve: int) -> list[
     reach = [*range(n + 1 - reserve), *[0] * reserve]
     for stage in reversed(stages):
         room = limit * load.speeds[stage] - load.fixed
-        ends = [bisect_right(load.prefix, before + room) for before in load.prefix]
+        ends = [
+            min(bisect_right(load.prefix, seconds + room), bisect_right(load.weights, held + load.most_weights))
+            for seconds, held in zip(load.prefix, load.weights, strict=True)
+        ]
         reach = [max(reach[start + 1 : end], default=0) for start, end in enumerate(ends)]
     return reach
 
@@ -138,7 +181,7 @@ def _fewest_bytes(
         for begin, ((num_bytes, squares), cuts) in best.items():
             for end in range(begin + 1, load.num_blocks + 1):
                 seconds = load.stage_seconds(stage, begin, end)
-                if seconds > limit:
+                if seconds > limit or not load.holds(begin, end):
                     break
                 cost = (num_bytes + weight * entering.before(begin, end), squares + seconds**2)
                 if end not in following or cost < following[end][0]:

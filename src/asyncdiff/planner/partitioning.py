@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -23,15 +24,16 @@ def partition_chain(
     stride: int = 1,
     seconds: Sequence[float] | None = None,
     imbalance: float = DEFAULT_IMBALANCE,
+    max_weight_share: float | None = None,
 ) -> Partition:
     """The chain whose largest stage time is least; among those, the one that hands over the fewest bytes.
 
     `speeds`: one per rank (`num_stages + stride - 1` of them), relative to the device on which `seconds`
     holds; None for equal devices. `seconds`: one per block, None for `estimate_seconds(graph)`. `imbalance`:
     how much longer, relatively, the largest stage may be than it must, if that makes fewer bytes cross.
-    Raises `ConfigurationError` where there are fewer blocks than stages.
+    `max_weight_share`: the largest share (0 to 1) of the blocks' weights that one device may hold. Raises `ConfigurationError` where there are fewer blocks than stages, or no cut within that share.
     """
-    load = _load("chain", graph, num_stages, speeds, stride, seconds)
+    load = _load("chain", graph, num_stages, speeds, stride, seconds, max_weight_share)
     _check_blocks(graph, num_stages, num_stages)
     cuts = chain_cuts(load, EnteringBytes(graph), copies=stride, imbalance=imbalance)
     return Partition("chain", _stages(graph, cuts))
@@ -45,12 +47,13 @@ def partition_nested(
     stride: int = 1,
     seconds: Sequence[float] | None = None,
     imbalance: float = DEFAULT_IMBALANCE,
+    max_weight_share: float | None = None,
 ) -> Partition:
     """The nested split (stage 0 holds the first and the last blocks) chosen as `partition_chain` chooses.
 
     With one stage it is the chain of one.
     """
-    load = _load("nested", graph, num_stages, speeds, stride, seconds)
+    load = _load("nested", graph, num_stages, speeds, stride, seconds, max_weight_share)
     if num_stages == 1:
         return Partition("nested", _stages(graph, (0, len(graph.blocks))))
     _check_blocks(graph, num_stages, num_stages + 1)
@@ -84,11 +87,15 @@ def _load(
     speeds: Sequence[float] | None,
     stride: int,
     seconds: Sequence[float] | None,
+    max_weight_share: float | None,
 ) -> Load:
     costs = estimate_seconds(graph) if seconds is None else tuple(seconds)
     if len(costs) != len(graph.blocks):
         raise ConfigurationError(f"The graph has {len(graph.blocks)} blocks, but seconds for {len(costs)}.")
-    return Load.of(costs, glue_seconds(graph, costs), stage_speeds(kind, num_stages, stride, speeds))
+    weights = [float(block.parameter_bytes) for block in graph.blocks]
+    most = math.inf if max_weight_share is None else max_weight_share * sum(weights)
+    speed = stage_speeds(kind, num_stages, stride, speeds)
+    return Load.of(costs, glue_seconds(graph, costs), speed, weights, most)
 
 
 def _check_blocks(graph: BlockGraph, num_stages: int, least: int) -> None:

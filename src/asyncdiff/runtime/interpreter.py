@@ -96,6 +96,7 @@ class StageInterpreter:
         wiring, states = self._wirings[task.key], self._states[task.run, task.channel]
         for computes in _forwards(task.ops):
             self._forward(task, wiring, states, computes, clock)
+        assert not self._debts, f"not sent: {[str(parcel) for _, parcel in self._debts]}"
         states.forget_before(task.history_depth)
         self._records.append(clock.record(task))
 

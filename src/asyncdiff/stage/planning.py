@@ -81,9 +81,11 @@ class _Planner:
             inputs=self.recording.inputs,
             actions=tuple(acting.items()),
             needed_inputs=self._needed_inputs(),
+            written_inputs=self.flow.written_inputs,
             reads=self.reads,
             emits=self.emits,
-            tensors=self._tensors(),
+            tensors=self._names(self._tensors()),
+            used_tensors=self._names(self._used_tensors()),
             output=_output_spec(self.recording),
             returns_output=self.returns_output,
         )
@@ -161,25 +163,31 @@ class _Planner:
         needed |= self.flow.steering_inputs
         return tuple(name for name in self.recording.inputs.names if name in needed)
 
-    def _tensors(self) -> frozenset[str]:
-        """Below own blocks; used by own blocks or by any glue; and all that lie below no block.
+    def _used_tensors(self) -> set[int]:
+        """Read by own blocks or by any glue.
 
         Glue of foreign containers is included: with another structure of inputs they may have to be run.
         """
-        needed = set(self.flow.glue_tensors)
+        used = set(self.flow.glue_tensors)
         for position, owner in enumerate(self.stage_of):
             if owner == self.stage:
-                needed |= self.flow.tensors[position]
+                used |= self.flow.tensors[position]
+        return used
+
+    def _tensors(self) -> set[int]:
+        """The used ones, all below own blocks, and all below no block (branches that this structure
+        skips)."""
         own = tuple(self.recording.calls[call].path + "." for call in self.own_blocks)
         all_blocks = tuple(self.recording.calls[call].path + "." for call in self.flow.blocks)
-        return frozenset(
-            name
+        return self._used_tensors() | {
+            index
             for index, tensor in enumerate(self.recording.tensors)
-            if index in needed
-            or any(name.startswith(own) for name in tensor.names)
+            if any(name.startswith(own) for name in tensor.names)
             or not any(name.startswith(all_blocks) for name in tensor.names)
-            for name in tensor.names
-        )
+        }
+
+    def _names(self, tensors: set[int]) -> frozenset[str]:
+        return frozenset(name for index in tensors for name in self.recording.tensors[index].names)
 
 
 def _live_values(

@@ -79,7 +79,12 @@ class StageReplica:
         before it.
         """
         spec = self._specs[key]
-        kwargs = spec.inputs.rebuild(tensors, floats, self.device, self._pass.placeholders)
+        # A constant input may be kept from step to step: a forward that writes into it gets a copy.
+        given = {
+            name: tensor.clone() if name in spec.written_inputs else tensor
+            for name, tensor in tensors.items()
+        }
+        kwargs = spec.inputs.rebuild(given, floats, self.device, self._pass.placeholders)
         self._pass.begin(key, read, emit)
         try:
             with torch.no_grad():

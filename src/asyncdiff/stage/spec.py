@@ -103,18 +103,23 @@ class StageSpec:
     """One stage of one partition, for one structure of inputs.
 
     `actions`: module path -> what its calls do, indexed by call number in this stage's own forward.
-    `needed_inputs`: names of the tensor inputs whose data the stage uses, through glue too. `reads`: own
-    segment -> foreign leaves it reads; `emits`: own leaves that others read, both in the order of production.
-    `tensors`: dotted names of the parameters and buffers the stage must hold. `output`: what the denoiser
-    returns (on every stage); `returns_output`: whether this stage computes it.
+    `needed_inputs`: names of the tensor inputs whose data the stage uses, through glue too. `written_inputs`:
+    inputs that the forward writes into, of which a run makes copies.
+    `reads`: own segment -> foreign leaves it reads; `emits`: own leaves that others read; both in the order
+    of production. `tensors`: dotted names of the parameters and buffers to hold: below own blocks, used by
+    glue, and below no block. `used_tensors`: those of them that this structure's forward touches; what
+    another structure, with the same ownership, must find there. `output`: what the denoiser returns (on every
+    stage); `returns_output`: whether this stage computes it.
     """
 
     stage: int
     inputs: InputsSpec
     actions: tuple[tuple[str, tuple[Action, ...]], ...]
     needed_inputs: tuple[str, ...]
+    written_inputs: frozenset[str]
     reads: dict[int, tuple[Atom, ...]]
     emits: tuple[Atom, ...]
     tensors: frozenset[str]
+    used_tensors: frozenset[str]
     output: OutputSpec
     returns_output: bool

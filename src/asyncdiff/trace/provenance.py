@@ -30,7 +30,8 @@ class Provenance:
     atoms and model tensors and names of the inputs it uses, directly or through glue; `first_uses`: per
     block, atom -> share of its FLOPs before the first use. `output_*`: the same for what the denoiser
     returns. `glue_tensors`: model tensors that glue uses. `steering_inputs`: inputs whose values reach Python
-    or decide a shape. `mutated`: atoms whose storage is written after their block returned.
+    or decide a shape. `mutated`: atoms whose storage is written after their block returned;
+    `written_inputs`: inputs whose storage is written at all.
     """
 
     blocks: tuple[int, ...]

@@ -1,7 +1,6 @@
 """Everything of torch's private API that the trace and the stages use, in one place.
 
-Holds for torch 2.6 to 2.13 as far as the names go; `tests/trace/test_torch_private.py` says which versions
-were run.
+Holds for torch 2.13; `tests/trace/test_torch_private.py` says with which versions it was run.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = [
 
 class Structure:
     """The nesting of a flattened tree (pytree's spec) that pickles without torch's own classes for leaves,
-    whose unpickling warns since torch 2.10."""
+    whose unpickling warns."""
 
     def __init__(self, spec: pytree.TreeSpec) -> None:
         self.spec = spec
