@@ -48,17 +48,14 @@ def test_two_steps_write_a_folder_that_loads_and_draws(trained: Path) -> None:
     assert picture.size == (64, 64)
 
 
-@pytest.mark.parametrize("weights", _WEIGHTS)
-def test_same_seed_gives_the_same_weights(
-    trained: Path, weights: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    again = _train(tmp_path_factory.mktemp("again"))
-    assert _is_equal(trained / weights, again / weights)
+def test_same_seed_gives_the_same_weights(trained: Path, tmp_path: Path) -> None:
+    again = _train(tmp_path / "again")
+    assert all(_is_equal(trained / weights, again / weights) for weights in _WEIGHTS)
 
 
 def test_checkpoints_do_not_change_the_weights(trained: Path, tmp_path: Path) -> None:
     again = _train(
-        tmp_path / "out", "--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "1"
+        tmp_path / "out", "--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-every", "2"
     )
     assert (tmp_path / "checkpoints" / "reconstructions.png").is_file()
     assert (tmp_path / "checkpoints" / "step-000002" / "samples.png").is_file()

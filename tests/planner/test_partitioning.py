@@ -6,38 +6,13 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+from graphs import make_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncdiff.errors import ConfigurationError
-from asyncdiff.graph import Atom, Block, BlockGraph, BlockKey, Partition, TensorSpec, crossing_atoms
+from asyncdiff.graph import BlockGraph, BlockKey, Partition, crossing_atoms
 from asyncdiff.planner import estimate_seconds, partition_chain, partition_nested, predict, stage_speeds
-
-
-def make_graph(
-    seconds: list[float],
-    reads: list[list[int]],
-    output_reads: list[int],
-    sizes: list[int],
-    glue: float = 0.0,
-    weights: list[int] | None = None,
-) -> BlockGraph:
-    """Blocks b0, b1, ... of one output leaf each; `reads[i]`: positions of the blocks that b_i reads."""
-    blocks = tuple(
-        Block(
-            key=BlockKey(f"b{i}"),
-            flops=cost,
-            memory_bytes=0.0,
-            parameter_bytes=weights[i] if weights else 10,
-            outputs=(TensorSpec((size,), (1,), "float32"),),
-            reads=tuple(Atom(f"b{producer}", 0, 0) for producer in sorted(set(producers))),
-            inputs=(),
-            seconds=cost,
-        )
-        for i, (cost, producers, size) in enumerate(zip(seconds, reads, sizes, strict=True))
-    )
-    outputs = tuple(Atom(f"b{producer}", 0, 0) for producer in sorted(set(output_reads)))
-    return BlockGraph(blocks, outputs, (), (), glue_flops=glue)
 
 
 @st.composite
@@ -103,16 +78,20 @@ def test_partition_is_the_best_there_is(kind: str, data: st.DataObject) -> None:
     cut, every = (partition_nested, all_nested) if kind == "nested" else (partition_chain, all_chains)
     share = data.draw(st.sampled_from([None, 0.4, 0.6]))
     possible = [
-        each for each in every(graph, num_stages) if share is None or largest_share(graph, each) <= share + 1e-12
+        each
+        for each in every(graph, num_stages)
+        if share is None or largest_share(graph, each) <= share + 1e-12
     ]
-    options = dict(speeds=speeds, stride=stride, imbalance=imbalance, max_weight_share=share)
+    options = {"speeds": speeds, "stride": stride, "imbalance": imbalance, "max_weight_share": share}
     if not possible:
         with pytest.raises(ConfigurationError, match="within the given share"):
             cut(graph, num_stages, **options)
         return
     best = min(largest_stage(graph, each, speeds) for each in possible)
     allowed = [
-        each for each in possible if largest_stage(graph, each, speeds) <= best * (1 + imbalance) * (1 + 1e-12)
+        each
+        for each in possible
+        if largest_stage(graph, each, speeds) <= best * (1 + imbalance) * (1 + 1e-12)
     ]
     found = cut(graph, num_stages, **options)
     assert found in possible

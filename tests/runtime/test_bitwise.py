@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,45 +10,9 @@ import torch
 from tiny_pipelines import generate, tiny_pipeline
 
 import asyncdiff
-from asyncdiff.launch.spawn import SpawnedWorkers
-from asyncdiff.runtime.control import WorkerConnection
 
 SHAPES = [(2, 1), (3, 1), (2, 2), (1, 2)]
 """(num_stages, stride), for two and for three processes."""
-
-
-class SharedWorkers:
-    """The first of some workers that outlive a handle, as torchrun's do: starting two takes five seconds."""
-
-    is_local = True
-
-    def __init__(self, workers: SpawnedWorkers, count: int) -> None:
-        self._workers = workers
-        self._count = count
-
-    @property
-    def connections(self) -> dict[int, WorkerConnection]:
-        return {rank: self._workers.connections[rank] for rank in range(1, self._count + 1)}
-
-    def kill(self, rank: int) -> None:
-        self._workers.kill(rank)
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[SpawnedWorkers]:
-    started = SpawnedWorkers([1, 1])
-    yield started
-    started.close()
-
-
-@pytest.fixture
-def spawned(workers: SpawnedWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`parallelize` takes the workers that are there already."""
-    module = importlib.import_module("asyncdiff.pipeline.parallelize")  # the package has a function of this name
-    monkeypatch.setattr(module, "SpawnedWorkers", lambda threads: SharedWorkers(workers, len(threads)))
 
 
 def settings() -> list[Any]:

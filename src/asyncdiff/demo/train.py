@@ -12,16 +12,12 @@ import argparse
 import json
 import math
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from random import Random
 
 import diffusers
-import numpy
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
@@ -33,16 +29,15 @@ from torch.nn.functional import l1_loss, mse_loss
 from transformers import CLIPTokenizer
 
 from asyncdiff.demo import DEMO_CAPTIONS, GUIDANCE_SCALE
-from asyncdiff.demo.captions import POSITIONS, Scene, caption_of, sample_training_scene
-from asyncdiff.demo.drawing import PICTURE_SIZE, draw
 from asyncdiff.demo.networks import build_autoencoder, build_noise_scheduler, build_text_encoder, build_unet
+from asyncdiff.demo.pictures import crop_batch, picture_batch, picture_captions
 from asyncdiff.demo.vocabulary import build_tokenizer
 
 _REPORT_EVERY = 100  # steps
 _ENCODING_BATCH = 128  # pictures
-_CROP_SIZE = 32  # pixels
 _WARMUP_FRACTION = 0.03
 _MAX_GRADIENT_NORM = 1.0
+_TRAINED_PARTS = ("vae", "text_encoder", "unet")
 # Weighed against the mean absolute error of a channel in -1..1. Enough to keep the latents near a normal
 # distribution and the decoder tolerant of small errors in them.
 _KL_WEIGHT = 5e-4
@@ -90,16 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options = _parse(arguments)
     settings = TrainingSettings(**{name: getattr(options, name) for name in asdict(TrainingSettings())})
-    command = shlex.join(
-        ["python", "-m", "asyncdiff.demo.train", *(sys.argv[1:] if arguments is None else arguments)]
-    )
     train(
         settings,
         options.output,
         checkpoints=options.checkpoints,
         checkpoint_every=options.checkpoint_every,
         autoencoder=options.autoencoder,
-        command=command,
     )
 
 
@@ -110,7 +101,6 @@ def train(
     checkpoints: Path | None = None,
     checkpoint_every: int = 1000,
     autoencoder: Path | None = None,
-    command: str = "",
 ) -> None:
     """Trains a pipeline and writes it to `output`, with `training.json` beside its parts.
 
@@ -129,14 +119,14 @@ def train(
             vae = AutoencoderKL.from_pretrained(autoencoder)
         if checkpoints is not None:
             vae.save_pretrained(checkpoints / "vae")
-            _reconstructions(vae, settings).save(checkpoints / "reconstructions.png")
+            _reconstructions(vae, settings.seed).save(checkpoints / "reconstructions.png")
         tokenizer = build_tokenizer()
         dataset = encode_pictures(vae, tokenizer, settings, log, progress)
         training = DenoiserTraining(settings, tokenizer)
         for step in training.steps(dataset, log, progress):
             if checkpoints is not None and step % checkpoint_every == 0:
                 _write_checkpoint(training.averaged_pipeline(vae), checkpoints / f"step-{step:06d}")
-    write_pipeline(training.averaged_pipeline(vae), output, settings, log, command)
+    write_pipeline(training.averaged_pipeline(vae), output, settings, log)
 
 
 def train_autoencoder(settings: TrainingSettings, log: TrainingLog, progress: Progress) -> AutoencoderKL:
@@ -150,9 +140,9 @@ def train_autoencoder(settings: TrainingSettings, log: TrainingLog, progress: Pr
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_and_cosine(steps))
     for step in _reported_steps("autoencoder", steps, log, progress):
         first = step.index * settings.autoencoder_batch
-        indices = range(first, first + settings.autoencoder_batch)
-        is_cropped = step.index < settings.crop_steps
-        pictures = _crop_batch(settings, indices) if is_cropped else _picture_batch(settings, indices)
+        draw_batch = crop_batch if step.index < settings.crop_steps else picture_batch
+        numbers = [(first + place) % settings.pictures for place in range(settings.autoencoder_batch)]
+        pictures = draw_batch(settings.seed, numbers)
         posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
         divergence = posterior.kl().sum() / posterior.mean.numel()
@@ -161,7 +151,7 @@ def train_autoencoder(settings: TrainingSettings, log: TrainingLog, progress: Pr
         step.loss = loss.item()
     vae.to(memory_format=torch.contiguous_format)
     vae.eval().requires_grad_(False)
-    latents = vae.encode(_picture_batch(settings, range(min(settings.pictures, 512)))).latent_dist.sample(
+    latents = vae.encode(picture_batch(settings.seed, range(min(settings.pictures, 512)))).latent_dist.sample(
         generator
     )
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -181,12 +171,10 @@ def encode_pictures(
     means, deviations = [], []
     for first in progress.track(range(0, settings.pictures, _ENCODING_BATCH), description="encoding"):
         indices = range(first, min(first + _ENCODING_BATCH, settings.pictures))
-        posterior = vae.encode(_picture_batch(settings, indices)).latent_dist
+        posterior = vae.encode(picture_batch(settings.seed, indices)).latent_dist
         means.append(posterior.mean * vae.config.scaling_factor)
         deviations.append(posterior.std * vae.config.scaling_factor)
-    captions = [
-        caption_of(sample_training_scene(_picture_rng(settings, i))) for i in range(settings.pictures)
-    ]
+    captions = picture_captions(settings.seed, range(settings.pictures))
     log.seconds["encoding"] = time.monotonic() - started
     return LatentDataset(torch.cat(means), torch.cat(deviations), _tokens(tokenizer, captions))
 
@@ -263,13 +251,13 @@ class DenoiserTraining:
 
 
 def write_pipeline(
-    pipe: StableDiffusionPipeline, output: Path, settings: TrainingSettings, log: TrainingLog, command: str
+    pipe: StableDiffusionPipeline, output: Path, settings: TrainingSettings, log: TrainingLog
 ) -> None:
     """Writes a pipeline in float16, and how it came about."""
     parameters = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in _TRAINED_PARTS}
     _save_half(pipe, output)
     record = {
-        "command": command,
+        "command": _command(settings),
         "guidance_scale": GUIDANCE_SCALE,
         "settings": asdict(settings),
         "parameters": parameters,
@@ -287,15 +275,27 @@ def write_pipeline(
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-_TRAINED_PARTS = ("vae", "text_encoder", "unet")
+def _command(settings: TrainingSettings) -> str:
+    """The command that trains with these settings, defaults left out."""
+    defaults = asdict(TrainingSettings())
+    changed = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
+    options = [f" {_option(name)} {value}" for name, value in changed.items()]
+    return "python -m asyncdiff.demo.train --output DIR" + "".join(options)
+
+
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
 
 
 def _save_half(pipe: StableDiffusionPipeline, output: Path) -> None:
-    pipe.to(dtype=torch.float16)
+    parts = [getattr(pipe, name) for name in _TRAINED_PARTS]
+    for part in parts:
+        part.half()
     pipe.save_pretrained(output)
     # vocab.json and merges.txt, which older versions of transformers read
     pipe.tokenizer.backend_tokenizer.model.save(str(output / "tokenizer"))
-    pipe.to(dtype=torch.float32)
+    for part in parts:
+        part.float()
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -311,9 +311,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint-every", type=int, default=1000, help="U-Net steps (1000)")
     for name, default in asdict(TrainingSettings()).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"({default})"
-        )
+        parser.add_argument(_option(name), type=type(default), default=default, help=f"({default})")
     return parser.parse_args(arguments)
 
 
@@ -339,43 +337,6 @@ def _reported_steps(phase: str, count: int, log: TrainingLog, progress: Progress
             progress.console.print(
                 f"{phase} step {index + 1}: loss {means[-1]:.4f}, {log.seconds[phase]:.0f} s"
             )
-
-
-def _picture_rng(settings: TrainingSettings, index: int) -> Random:
-    return Random(f"picture {index} of seed {settings.seed}")
-
-
-def _picture_batch(settings: TrainingSettings, indices: range) -> torch.Tensor:
-    """Training pictures as float32 (pictures, 3, 64, 64) in -1..1."""
-    return _as_tensor([_training_picture(settings, index % settings.pictures)[1] for index in indices])
-
-
-def _crop_batch(settings: TrainingSettings, indices: range) -> torch.Tensor:
-    """Crops around an object of each picture as float32 (pictures, 3, 32, 32) in -1..1.
-
-    A quarter of the work, and four times as much object per pixel: plain background needs little practice.
-    """
-    crops = []
-    for index in indices:
-        scene, picture = _training_picture(settings, index % settings.pictures)
-        rng = Random(f"crop {index} of seed {settings.seed}")
-        left, top = (
-            min(PICTURE_SIZE - _CROP_SIZE, max(0, 16 * place + rng.randint(-8, 8)))
-            for place in POSITIONS[rng.choice(scene.things).position]
-        )
-        crops.append(picture.crop((left, top, left + _CROP_SIZE, top + _CROP_SIZE)))
-    return _as_tensor(crops)
-
-
-def _training_picture(settings: TrainingSettings, index: int) -> tuple[Scene, Image.Image]:
-    rng = _picture_rng(settings, index)
-    scene = sample_training_scene(rng)
-    return scene, draw(scene, rng.getrandbits(32))
-
-
-def _as_tensor(pictures: list[Image.Image]) -> torch.Tensor:
-    values = numpy.stack([numpy.asarray(picture) for picture in pictures])
-    return torch.from_numpy(values).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -425,9 +386,9 @@ def _write_checkpoint(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _reconstructions(vae: AutoencoderKL, settings: TrainingSettings) -> Image.Image:
+def _reconstructions(vae: AutoencoderKL, seed: int) -> Image.Image:
     """Eight training pictures above what the autoencoder makes of them."""
-    pictures = _picture_batch(settings, range(min(settings.pictures, 8)))
+    pictures = picture_batch(seed, range(8))
     decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
     values = torch.cat([pictures, decoded]).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return _grid([Image.fromarray(value.permute(1, 2, 0).numpy()) for value in values])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ from asyncdiff.errors import UnsupportedDenoiserError
 from asyncdiff.graph import BlockGraph, BlockKey, Partition, crossing_atoms
 from asyncdiff.graph.wiring import Wiring, wire
 from asyncdiff.pipeline.denoiser import replaced_forward
-from asyncdiff.planner import Plan, make_plan, partition_by_names
+from asyncdiff.pipeline.partition_request import PartitionRequest
+from asyncdiff.planner import Plan, choose_plan, make_plan, partition_by_names
 from asyncdiff.planner.costs import rates_of
 from asyncdiff.stage import OutputSpec, StageSpec, stage_spec
-from asyncdiff.trace import Inputs, Recording, find_blocks, record, reown
+from asyncdiff.trace import Inputs, Recording, call_costs, find_blocks, paths_below, record, reown
 from asyncdiff.weights import Skeleton, load_skeleton
 
-PartitionRequest = str | Sequence[Sequence[str]] | None
+# Blocks above this part of an even share, of work or weights, are opened where a partition is chosen freely.
+_FINE_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -65,36 +68,59 @@ def first_plan(
     devices: Sequence[str],
     partition: PartitionRequest,
     *,
+    weights: Skeleton,
     dtype: torch.dtype,
     threads_per_device: int | None,
     seconds: Mapping[BlockKey, float] | None = None,
 ) -> Plan:
-    """The plan for a recorded call: cut by measured `seconds`, else by an estimate from FLOPs and bytes."""
+    """The plan for a recorded call: cut by measured `seconds`, else by an estimate from FLOPs and bytes.
+
+    `partition`: a kind, the module names of each stage, or None to choose (`asyncdiff.planner.choice`).
+    """
     dtype_name = str(dtype).removeprefix("torch.")
-    if partition is None or isinstance(partition, str):
-        kind = partition or "chain"
-        rates = rates_of(torch.device(devices[0]).type, dtype_name)
-        graph = find_blocks(
-            recording,
-            settings.num_stages,
-            seconds=seconds,
-            cost=lambda flops, moved: flops / rates.flops_per_s + moved / rates.bytes_per_s,
-            kind=kind,
+    rates = rates_of(torch.device(devices[0]).type, dtype_name)
+
+    def cost(flops: float, moved: float) -> float:
+        return flops / rates.flops_per_s + moved / rates.bytes_per_s
+
+    def make(graph: BlockGraph, **how: Any) -> Plan:
+        return make_plan(
+            graph, settings, devices, dtype=dtype_name, threads_per_device=threads_per_device, **how
         )
-        chosen = None
-    else:
+
+    @functools.cache
+    def opened_for(kind: str) -> BlockGraph:
+        return find_blocks(recording, settings.num_stages, seconds=seconds, cost=cost, kind=kind)
+
+    if isinstance(partition, str):
+        return make(opened_for(partition), kind=partition)
+    if partition is not None:
         graph = find_blocks(recording, block_paths=_paths(partition), seconds=seconds)
-        chosen = partition_by_names(graph, partition)
-        kind = chosen.kind
-    return make_plan(
-        graph,
-        settings,
-        devices,
-        kind=kind,
-        partition=chosen,
-        dtype=dtype_name,
-        threads_per_device=threads_per_device,
+        return make(graph, partition=partition_by_names(graph, partition))
+    fine = _fine_blocks(recording, settings, weights, seconds, cost)
+    makers = [
+        lambda kind, share: make(opened_for(kind), kind=kind, max_weight_share=share),
+        lambda kind, share: make(fine, kind=kind, max_weight_share=share),
+    ]
+    return choose_plan(makers, settings.num_stages)
+
+
+def _fine_blocks(
+    recording: Recording,
+    settings: Settings,
+    weights: Skeleton,
+    seconds: Mapping[BlockKey, float] | None,
+    cost: Callable[[float, float], float],
+) -> BlockGraph:
+    """Finer than balance alone asks for, so that a cut can also divide the weights."""
+    paths = paths_below(
+        call_costs(recording),
+        {name: spec.num_bytes for name, spec in weights.specs.items()},
+        max_share=_FINE_SHARE / settings.num_stages,
+        seconds=seconds,
+        cost=cost,
     )
+    return find_blocks(recording, block_paths=paths, seconds=seconds)
 
 
 def analyse(number: int, recording: Recording, plan: Plan) -> Analysis:
@@ -105,9 +131,7 @@ def analyse(number: int, recording: Recording, plan: Plan) -> Analysis:
 
 def analyse_again(number: int, recording: Recording, plan: Plan, owners: Partition) -> Analysis:
     """The analysis of a call of another structure, with every block where `owners` has it."""
-    called = {f"{key.path}." for key in recording.call_of}
-    paths = [name for name in _paths(plan.stages) if any(path.startswith(f"{name}.") for path in called)]
-    graph = find_blocks(recording, block_paths=paths)
+    graph = find_blocks(recording, block_paths=_paths(plan.stages))
     return _analysis(number, recording, graph, reown(owners, graph))
 
 

@@ -23,13 +23,13 @@ from asyncdiff.errors import ConfigurationError, ParallelizedError, WeightsLostE
 from asyncdiff.graph import Partition
 from asyncdiff.pipeline.analysis import (
     Analysis,
-    PartitionRequest,
     analyse,
     analyse_again,
     first_plan,
     record_call,
 )
 from asyncdiff.pipeline.guards import guard_names, install_guards, remove_guards
+from asyncdiff.pipeline.partition_request import PartitionRequest
 from asyncdiff.pipeline.report import CallRecord, RunReport, build_report
 from asyncdiff.pipeline.run_state import (
     ChannelState,
@@ -269,6 +269,7 @@ class Installation:
                 self.settings,
                 self._devices,
                 self._partition,
+                weights=self._skeleton,
                 dtype=self._dtype,
                 threads_per_device=self._threads,
             )
@@ -333,7 +334,7 @@ class Installation:
         with self._lock:
             if self._last_run is None or self.plan is None:
                 raise ParallelizedError("There is no run to report yet: call the pipeline first.")
-            return build_report(self._calls[self._last_run], self.executor.reports(self._last_run), self.plan)
+            return build_report(self._calls[self._last_run], self.executor.reports(self._last_run), self._devices)
 
     def _note_call(self, call: PlacedCall, start_s: float) -> None:
         record = CallRecord(call.position.step, call.position.channel, start_s, time.perf_counter())

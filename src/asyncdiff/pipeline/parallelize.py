@@ -11,7 +11,7 @@ from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.launch.spawn import SpawnedWorkers
 from asyncdiff.launch.torchrun import join_torchrun
-from asyncdiff.pipeline.analysis import PartitionRequest, first_plan, record_call
+from asyncdiff.pipeline.analysis import first_plan, record_call
 from asyncdiff.pipeline.denoiser import (
     capture_call,
     denoiser_of,
@@ -23,14 +23,13 @@ from asyncdiff.pipeline.denoiser import (
 from asyncdiff.pipeline.devices import Placement, settle_placement
 from asyncdiff.pipeline.handle import Handle, WorkerInfo
 from asyncdiff.pipeline.installation import DenoiserEntry, Installation
+from asyncdiff.pipeline.partition_request import PartitionRequest, check_partition
 from asyncdiff.planner import Plan
 from asyncdiff.profile import time_calls
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.runtime.remote import RemoteExecutor, Workers
 from asyncdiff.trace import call_costs, flatten_inputs
 from asyncdiff.weights import dump_skeleton
-
-_PARTITIONS = ("chain", "nested")
 
 
 def parallelize(
@@ -52,8 +51,8 @@ def parallelize(
     Without devices but with `num_stages`, all stages run in this process (runtime "local"): the image that as
     many devices would give. Under torchrun every rank calls this; ranks above 0 become workers and leave by
     `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`, `time_shift`: Chen et al. 2024, sections 3.2-3.3;
-    `forecast`: "linear" (docs/method.md, section 5) or "none", as in the paper. `partition`: "chain", "nested", or
-    module names per stage. `plan`: a saved or edited plan, which then settles all of this but the runtime.
+    `forecast`: "linear" (docs/method.md, section 5) or "none", as in the paper. `partition`: "chain", "nested", module
+    names per stage, or None to choose the kind by speed, weights per device and traffic. `plan`: a saved or edited plan, which then settles all of this but the runtime.
     Raises `ConfigurationError` before anything is started.
     """
     denoiser = denoiser_of(pipe)
@@ -65,14 +64,17 @@ def parallelize(
     refuse_compiled(denoiser)
     refuse_offloading(pipe, denoiser)
     device = device_of(denoiser)
+    if not isinstance(plan, Plan | None):
+        raise ConfigurationError(f"plan must be a Plan (a file is read by Plan.load), but {plan!r} was given.")
     if plan is not None:
         devices, num_stages = _devices_of(plan, devices, num_stages), plan.num_stages
         settings = plan.settings
         placement = settle_placement(devices, num_stages, settings.stride, runtime, device)
+        check_partition(plan.stages, settings, denoiser)
     else:
         placement = settle_placement(devices, num_stages, stride, runtime, device)
         settings = Settings(placement.num_stages, stride, warmup_steps, time_shift, forecast)
-        _check_partition(partition, settings)
+        check_partition(partition, settings, denoiser)
     threads = plan.threads_per_device if plan is not None else placement.threads_per_device
     executor, workers, names = _start(placement, settings, threads)
     installation = Installation(
@@ -115,13 +117,12 @@ def plan(
     device = device_of(denoiser)
     placement = settle_placement(devices, num_stages, stride, "auto", device)
     settings = Settings(placement.num_stages, stride, warmup_steps, time_shift, forecast)
-    _check_partition(partition, settings)
+    check_partition(partition, settings, denoiser)
     call = dict(example) if example is not None else {"prompt": ""}
     args, kwargs = capture_call(denoiser, lambda: pipe(**call))
     inputs = flatten_inputs(type(denoiser).forward, args, kwargs)
-    recording = record_call(
-        denoiser, dump_skeleton(denoiser, allow_main=True), inputs, device, weights_at_hand=True
-    )
+    skeleton = dump_skeleton(denoiser, allow_main=True)
+    recording = record_call(denoiser, skeleton, inputs, device, weights_at_hand=True)
     seconds = None
     if profile:
         with replaced_forward(denoiser, None):
@@ -133,26 +134,11 @@ def plan(
         settings,
         placement.devices,
         partition,
+        weights=skeleton,
         dtype=next(denoiser.parameters()).dtype,
         threads_per_device=placement.threads_per_device,
         seconds=seconds,
     )
-
-
-def _check_partition(partition: PartitionRequest, settings: Settings) -> None:
-    if partition is None or partition in _PARTITIONS:
-        return
-    if isinstance(partition, str) or not all(
-        not isinstance(names, str) and all(isinstance(name, str) for name in names) for names in partition
-    ):
-        raise ConfigurationError(
-            f"partition must be 'chain', 'nested' or one list of module names per stage, but {partition!r} was given."
-        )
-    if len(partition) != settings.num_stages:
-        raise ConfigurationError(
-            f"The partition lists {len(partition)} stages, but num_stages={settings.num_stages}. List as many, or pass "
-            f"{len(partition) + settings.stride - 1} devices."
-        )
 
 
 def _devices_of(

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyncdiff.planner import Plan
 from asyncdiff.protocol.messages import WorkerReport
 from asyncdiff.simulate import COMPUTE, TRANSFER, WAIT, Span, Timeline
 
@@ -49,7 +48,8 @@ class StepReport:
 @dataclass(frozen=True)
 class RunReport:
     """The last run. `denoise_s`: from the first denoiser call to the end of the last one. `weight_bytes`,
-    `resident_bytes`, `cpu_s`: per rank, now (the local executor holds everything in one process)."""
+    `resident_bytes`, `cpu_s`: per rank, now (the local executor holds everything in one process). `devices`: one per
+    rank, or the single one of the local executor. A run that was broken off has the steps it came to."""
 
     steps: tuple[StepReport, ...]
     denoise_s: float
@@ -74,7 +74,9 @@ class RunReport:
         self.timeline.write_trace(path)
 
 
-def build_report(calls: Sequence[CallRecord], workers: Sequence[WorkerReport], plan: Plan) -> RunReport:
+def build_report(
+    calls: Sequence[CallRecord], workers: Sequence[WorkerReport], devices: Sequence[str]
+) -> RunReport:
     """Put together the driver's calls and the workers' records of one run. Worker clocks are the driver's."""
     start_s = min(call.start_s for call in calls)
     steps = sorted({call.step for call in calls})
@@ -84,7 +86,7 @@ def build_report(calls: Sequence[CallRecord], workers: Sequence[WorkerReport], p
         weight_bytes=tuple(worker.weight_bytes for worker in workers),
         resident_bytes=tuple(worker.resident_bytes for worker in workers),
         cpu_s=tuple(worker.cpu_s for worker in workers),
-        devices=tuple(plan.devices),
+        devices=tuple(devices),
         timeline=_timeline(calls, workers, start_s, steps),
     )
 

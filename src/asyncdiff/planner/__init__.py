@@ -1,5 +1,6 @@
 """Numbers in, plan out: costs, cut points, partitions, plans and what they predict. Pure."""
 
+from asyncdiff.planner.choice import choose_plan
 from asyncdiff.planner.costs import estimate_seconds, glue_seconds
 from asyncdiff.planner.names import block_name, partition_by_names
 from asyncdiff.planner.partitioning import partition_chain, partition_nested, stage_speeds
@@ -11,6 +12,7 @@ __all__ = [
     "Plan",
     "Predictions",
     "block_name",
+    "choose_plan",
     "estimate_seconds",
     "glue_seconds",
     "make_plan",

@@ -108,10 +108,11 @@ def make_plan(
     dtype: str = "float32",
     threads_per_device: int | None = None,
     imbalance: float = DEFAULT_IMBALANCE,
+    max_weight_share: float | None = None,
 ) -> Plan:
     """The plan for a graph on devices: the best partition of `kind`, or the one given, with its predictions.
 
-    `devices` as in `Plan`, `speeds` and `imbalance` as in `partition_chain`; `dtype` of the weights and the
+    `devices` as in `Plan`, `speeds`, `imbalance` and `max_weight_share` as in `partition_chain`; `dtype` of the weights and the
     kind of the first device choose the cost estimate where blocks have not been measured.
     """
     seconds = estimate_seconds(graph, devices[0].split(":")[0] if devices else "cpu", dtype)
@@ -121,7 +122,13 @@ def make_plan(
             raise ConfigurationError(f'kind must be "chain" or "nested", but {kind!r} was given.')
         cut = partition_nested if kind == "nested" else partition_chain
         partition = cut(
-            graph, settings.num_stages, speeds=speeds, stride=stride, seconds=seconds, imbalance=imbalance
+            graph,
+            settings.num_stages,
+            speeds=speeds,
+            stride=stride,
+            seconds=seconds,
+            imbalance=imbalance,
+            max_weight_share=max_weight_share,
         )
     if partition.num_stages != settings.num_stages:
         raise ConfigurationError(

@@ -5,6 +5,7 @@ blocks and says what each reads. What cannot be split is refused by name with `U
 """
 
 from asyncdiff.trace.costs import CallCost
+from asyncdiff.trace.granularity import paths_below
 from asyncdiff.trace.inputs import Inputs, InputsSpec, flatten_inputs
 from asyncdiff.trace.opening import call_costs, find_blocks, reown
 from asyncdiff.trace.recorder import record
@@ -18,6 +19,7 @@ __all__ = [
     "call_costs",
     "find_blocks",
     "flatten_inputs",
+    "paths_below",
     "record",
     "reown",
 ]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -42,14 +41,13 @@ def dump_skeleton(module: nn.Module, *, omit: tuple[str, ...] = (), allow_main: 
     tensors = dict(named_tensors(module))
     names = {id(tensor): name for name, tensor in reversed(tensors.items())}
     buffer = io.BytesIO()
-    with _without_attributes(module, omit):
-        try:
-            _SkeletonPickler(buffer, names, allow_main).dump(module)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ConfigurationError(
-                f"{type(module).__name__} cannot be shipped to other processes: {error}. Remove what was hooked "
-                f"or attached to it (offloading hooks, lambdas), or use runtime='local' to see where it comes from."
-            ) from error
+    try:
+        _SkeletonPickler(buffer, names, allow_main, module, omit).dump(module)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigurationError(
+            f"{type(module).__name__} cannot be shipped to other processes: {error}. Remove what was hooked "
+            f"or attached to it (offloading hooks, lambdas), or use runtime='local' to see where it comes from."
+        ) from error
     return Skeleton(
         payload=buffer.getvalue(),
         specs={name: tensor_spec(tensor) for name, tensor in tensors.items()},
@@ -85,10 +83,23 @@ def load_skeleton(
 
 
 class _SkeletonPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, names: dict[int, str], allow_main: bool) -> None:
+    def __init__(
+        self, file: io.BytesIO, names: dict[int, str], allow_main: bool, root: nn.Module, omit: tuple[str, ...]
+    ) -> None:
         super().__init__(file, protocol=5)
         self._names = names
         self._allow_main = allow_main
+        self._root = root
+        self._omit = omit
+
+    def reducer_override(self, obj: Any) -> Any:
+        """The root without what stays behind. Taking that off the live module instead would let another thread's
+        call through to weights that are elsewhere."""
+        if obj is not self._root:
+            return NotImplemented
+        make, args, state, *rest = obj.__reduce_ex__(5)
+        kept = {name: value for name, value in state.items() if name not in self._omit}
+        return make, args, kept, *rest
 
     def persistent_id(self, obj: Any) -> str | None:
         if isinstance(obj, torch.Tensor):
@@ -108,16 +119,3 @@ class _SkeletonUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: str) -> torch.Tensor:
         return self._tensor_for(pid)
-
-
-@contextmanager
-def _without_attributes(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    """Take instance attributes off for the duration: they are put back in their old order."""
-    attributes = dict(module.__dict__)
-    for name in names:
-        module.__dict__.pop(name, None)
-    try:
-        yield
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)

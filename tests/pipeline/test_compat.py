@@ -1,0 +1,147 @@
+"""Scripts written for the published code (github.com/czg1225/AsyncDiff) run as they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipelines import generate, sd
+
+import asyncdiff
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.pipeline.user_warning import AsyncDiffWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
+
+# Arguments, order of calls and use of the default process group as in the published examples.
+SCRIPT = """
+import argparse, sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {tests!r})
+from asyncdiff.{module} import AsyncDiff
+from tiny_pipelines import generate, sd
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model_n", type=int, default=2)
+parser.add_argument("--stride", type=int, default=1)
+parser.add_argument("--warm_up", type=int, default=3)
+parser.add_argument("--time_shift", type=bool, default=False)
+args = parser.parse_args()
+
+pipeline = sd()
+async_diff = AsyncDiff(pipeline, model_n=args.model_n, stride=args.stride, time_shift=args.time_shift)
+async_diff.reset_state(warm_up=args.warm_up)
+latents = generate(pipeline, steps=9, seed=1)
+async_diff.reset_state(warm_up=args.warm_up)
+latents = generate(pipeline, steps=9)
+print(f"Rank {{dist.get_rank()}} of {{dist.get_world_size()}} is done.")
+if dist.get_rank() == 0:
+    torch.save(latents, {output!r})
+"""
+
+
+def run_script(
+    tmp_path: Path, *arguments: str, processes: int | None, module: str = "async_sd"
+) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "run_sd.py"
+    output = str(tmp_path / "latents.pt")
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), output=output, module=module))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), *arguments],
+        capture_output=True, text=True, timeout=100, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+
+
+def expected_latents(stride: int) -> torch.Tensor:
+    pipe = sd()
+    with asyncdiff.parallelize(pipe, num_stages=2, stride=stride, warmup_steps=3, forecast="none"):
+        generate(pipe, steps=9, seed=1)
+        return generate(pipe, steps=9)
+
+
+@pytest.mark.parametrize(("stride", "module"), [(1, "async_sd"), (2, "async_animate")])
+def test_published_script_under_torchrun(stride: int, module: str, tmp_path: Path) -> None:
+    done = run_script(tmp_path, f"--stride={stride}", processes=1 + stride, module=module)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"Rank 0 of {1 + stride} is done."]
+    assert torch.equal(torch.load(tmp_path / "latents.pt"), expected_latents(stride))
+
+
+def test_published_script_with_a_wrong_number_of_processes(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "--model_n=3", "--stride=2", processes=2)
+    assert done.returncode != 0
+    assert "not compatible with the number of devices: model_n=3 with stride=2 needs 4" in done.stderr
+    assert "the world size is 2" in done.stderr
+    assert not (tmp_path / "latents.pt").exists()
+
+
+def test_published_script_by_plain_python(tmp_path: Path) -> None:
+    """Without torchrun and without GPUs all stages run in the one process, which says so."""
+    done = run_script(tmp_path, processes=None)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["Rank 0 of 1 is done."]
+    assert "asyncdiff: started without torchrun" in done.stderr
+    assert torch.equal(torch.load(tmp_path / "latents.pt"), expected_latents(1))
+
+
+@pytest.fixture
+def no_default_group() -> None:
+    from asyncdiff.launch import default_group
+
+    yield
+    default_group._destroy_default_group()
+
+
+@pytest.mark.usefixtures("no_default_group")
+@pytest.mark.parametrize("module", ["async_sd", "async_sd3", "async_animate"])
+def test_every_import_path_leads_to_the_class(module: str) -> None:
+    async_diff = __import__(f"asyncdiff.{module}", fromlist=["AsyncDiff"]).AsyncDiff
+    pipe = sd()
+    wrapped = async_diff(pipe, 3, 1, 2, True)
+    assert (wrapped.pipeline, wrapped.model_n, wrapped.stride, wrapped.warm_up) == (pipe, 3, 1, 2)
+    generate(pipe, steps=8)
+    assert wrapped.handle.plan.settings == asyncdiff.config.Settings(3, 1, 2, True, "none")
+    wrapped.handle.remove()
+
+
+@pytest.mark.usefixtures("no_default_group")
+def test_forecast_on_request() -> None:
+    from asyncdiff.async_sd import AsyncDiff
+
+    pipe = sd()
+    wrapped = AsyncDiff(pipe, model_n=2, forecast="linear")
+    by_class = generate(pipe, steps=8)
+    wrapped.handle.remove()
+    with asyncdiff.parallelize(pipe, num_stages=2):
+        assert torch.equal(generate(pipe, steps=8), by_class)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model_n": 0}, "num_stages must be at least 1"),
+        ({"stride": 0}, "stride must be at least 1"),
+        ({"warm_up": 0}, "warmup_steps must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_group_is_made(arguments: dict[str, int], message: str) -> None:
+    from asyncdiff.async_sd import AsyncDiff
+
+    with pytest.raises(ConfigurationError, match=message):
+        AsyncDiff(sd(), **arguments)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.usefixtures("no_default_group")
+def test_one_process_warns_that_nothing_is_gained() -> None:
+    from asyncdiff.async_sd import AsyncDiff
+
+    with pytest.warns(AsyncDiffWarning, match="without torchrun"):
+        AsyncDiff(sd(), model_n=2).handle.remove()

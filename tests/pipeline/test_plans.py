@@ -1,0 +1,148 @@
+"""Plans: made, saved, edited, passed back; and what a run reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import generate, prompt, sd, sd3
+
+import asyncdiff
+from asyncdiff.errors import ConfigurationError
+
+pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
+
+
+def example(pipe: Any) -> dict[str, Any]:
+    return {"num_inference_steps": 8, "height": 8, "width": 8, "guidance_scale": 4.0, **prompt(pipe)}
+
+
+@pytest.mark.parametrize("build", [sd, sd3])
+def test_plan_is_the_one_that_parallelize_makes(build: Any) -> None:
+    pipe = build()
+    picture = generate(pipe)
+    made = asyncdiff.plan(pipe, num_stages=2, stride=2, example=example(pipe))
+    assert torch.equal(generate(pipe), picture)
+    with asyncdiff.parallelize(pipe, num_stages=2, stride=2) as handle:
+        assert handle.plan is None
+        generate(pipe)
+        assert handle.plan == made
+
+
+def test_plan_survives_its_file(tmp_path: Path) -> None:
+    pipe = sd()
+    plan = asyncdiff.plan(pipe, num_stages=3, warmup_steps=2, forecast="none", example=example(pipe))
+    plan.save(tmp_path / "plan.json")
+    loaded = asyncdiff.Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    with asyncdiff.parallelize(pipe, num_stages=3, warmup_steps=2, forecast="none"):
+        expected = generate(pipe, steps=8)
+    with asyncdiff.parallelize(pipe, plan=loaded) as handle:
+        assert handle.plan == plan
+        assert torch.equal(generate(pipe, steps=8), expected)
+
+
+def test_edited_plan_is_followed(tmp_path: Path) -> None:
+    pipe = sd()
+    plan = asyncdiff.plan(pipe, num_stages=2, example=example(pipe))
+    fields = json.loads(plan.to_json())
+    fields["kind"] = "chain"
+    fields["stages"] = [["conv_in", "down_blocks"], ["mid_block", "up_blocks", "conv_norm_out", "conv_out"]]
+    fields["warmup_steps"] = 3
+    edited = asyncdiff.Plan.from_json(json.dumps(fields))
+    with asyncdiff.parallelize(pipe, plan=edited) as handle:
+        by_plan = generate(pipe, steps=8)
+        owners = handle._installation._owners
+    assert {key.path.split(".")[0] for key in owners.stages[0]} <= {"conv_in", "down_blocks"}
+    with asyncdiff.parallelize(pipe, num_stages=2, warmup_steps=3, partition=fields["stages"]):
+        assert torch.equal(generate(pipe, steps=8), by_plan)
+
+
+def test_plan_for_devices_also_runs_here() -> None:
+    pipe = sd()
+    plan = asyncdiff.plan(pipe, ["cpu", "cpu"], example=example(pipe))
+    assert plan.devices == ("cpu", "cpu")
+    assert plan.threads_per_device is not None
+    with asyncdiff.parallelize(pipe, plan=plan, runtime="local") as handle:
+        assert handle.workers == ()
+        generate(pipe, steps=8)
+        assert len(handle.last_run.devices) == 1
+
+
+def test_plan_that_says_another_number_is_refused() -> None:
+    pipe = sd()
+    plan = asyncdiff.plan(pipe, num_stages=2, example=example(pipe))
+    with pytest.raises(ConfigurationError, match="num_stages=3 was given with a plan of 2 stages"):
+        asyncdiff.parallelize(pipe, num_stages=3, plan=plan)
+    with pytest.raises(ConfigurationError, match="needs 2 devices"):
+        asyncdiff.parallelize(pipe, ["cpu"] * 3, plan=plan)
+
+
+def test_plan_of_another_denoiser_is_refused() -> None:
+    pipe = sd()
+    plan = asyncdiff.plan(sd3(), num_stages=2, example=example(sd3()))
+    with pytest.raises(ConfigurationError, match="no module of the denoiser"):
+        asyncdiff.parallelize(pipe, plan=plan)
+
+
+def test_profiled_plan_measures_every_block() -> None:
+    pipe = sd()
+    threads = torch.get_num_threads()
+    plan = asyncdiff.plan(pipe, num_stages=2, profile=True, example=example(pipe))
+    assert torch.get_num_threads() == threads
+    assert plan.predictions is not None
+    assert all(seconds > 0 for seconds in plan.predictions.stage_seconds)
+    with asyncdiff.parallelize(pipe, plan=replace(plan, warmup_steps=99)):
+        parallel = generate(pipe)
+    assert torch.equal(parallel, generate(pipe))
+
+
+def test_example_that_never_calls_the_denoiser_is_refused() -> None:
+    pipe = sd()
+    pipe.__class__ = type("Idle", (type(pipe),), {"__call__": lambda self, **_: None})
+    with pytest.raises(ConfigurationError, match="without calling the denoiser"):
+        asyncdiff.plan(pipe, num_stages=2, example={})
+
+
+def test_last_run_says_what_happened(tmp_path: Path) -> None:
+    pipe = sd()
+    with asyncdiff.parallelize(pipe, num_stages=2, stride=2, warmup_steps=2, partition="chain") as handle:
+        generate(pipe, steps=8, seed=1)
+        generate(pipe, steps=7)
+        report, wiring = handle.last_run, next(iter(handle._installation._analyses.values())).wiring
+    assert [step.step for step in report.steps] == list(range(7))
+    hidden, prediction = wiring.num_bytes(0, 1), wiring.prediction_bytes
+    # In order (0, 1): hidden states to the two copies of the last stage (the second will read both), and one
+    # prediction. Rounds (2, 3), (4, 5): to two copies; the last round (6) reads with one, and sends nothing on.
+    per_step = [sum(device.bytes_sent for device in step.devices) for step in report.steps]
+    assert per_step == [
+        2 * hidden + prediction, 2 * hidden + prediction, 2 * hidden + 2 * prediction, 0,
+        hidden + 2 * prediction, 0, prediction,
+    ]  # fmt: skip
+    assert report.bytes_sent == sum(per_step)
+    assert all(step.seconds > 0 for step in report.steps)
+    assert 0 < report.total_s <= report.denoise_s
+    report.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events if event.get("ph") == "X"}
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events if event.get("ph") == "X")
+
+
+def test_spawned_run_reports_the_same_bytes() -> None:
+    pipe = sd()
+    reports = []
+    for devices in (None, 2):
+        with asyncdiff.parallelize(pipe, devices, num_stages=2, warmup_steps=2) as handle:
+            generate(pipe, steps=6)
+            reports.append(handle.last_run)
+    local, spawned = reports
+    assert [[d.bytes_sent for d in step.devices] for step in local.steps] == [
+        [d.bytes_sent for d in step.devices] for step in spawned.steps
+    ]
+    assert spawned.devices == ("cpu", "cpu")
+    assert all(size > 0 for size in spawned.weight_bytes)
+    assert spawned.timeline.total_s == pytest.approx(spawned.denoise_s)
