@@ -28,8 +28,8 @@ def test_two_agents_as_on_two_machines() -> None:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     command = [
-        *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint,
-        "--rdzv-id", "test", SCRIPT, "own-group",
+        *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", endpoint, "--rdzv-id", "test", SCRIPT, "own-group",
     ]  # fmt: skip
     ended: list[CompletedProcess[str]] = []
     agents = [threading.Thread(target=lambda: ended.append(run_script(command))) for _ in range(2)]
@@ -38,7 +38,9 @@ def test_two_agents_as_on_two_machines() -> None:
     for agent in agents:
         agent.join()
     assert [agent.returncode for agent in ended] == [0, 0], ended
-    check(CompletedProcess(command, 0, ended[0].stdout + ended[1].stdout, ended[0].stderr + ended[1].stderr), 2)
+    check(
+        CompletedProcess(command, 0, ended[0].stdout + ended[1].stdout, ended[0].stderr + ended[1].stderr), 2
+    )
 
 
 def check(ended: CompletedProcess[str], world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Makes `tiny_pipelines` (shared by the tests of pipelines) importable."""
+"""Makes `random_pipelines` (shared by the tests of pipelines) importable."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Adapters, FreeU, attention processors and extra inputs: followed where possible, refused by name where not."""
+"""Adapters, FreeU, attention processors and extra inputs: followed where possible, refused by name where
+not."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
-from tiny_pipelines import WIDTH, generate, sd, sd3, sdxl, unet
+from random_pipelines import WIDTH, generate, sd, sd3, sdxl, unet
 
 import asyncdiff
 
@@ -71,7 +72,9 @@ def test_weights_added_behind_our_back_are_refused_by_name() -> None:
     with asyncdiff.parallelize(pipe, **IN_ORDER):
         generate(pipe)
         type(pipe.unet).add_adapter(pipe.unet, LoraConfig(r=2, target_modules=["to_q"]))
-        with pytest.raises(asyncdiff.ParallelizedError, match=r"weights were changed.*lora_A.*handle\.remove\(\)"):
+        with pytest.raises(
+            asyncdiff.ParallelizedError, match=r"weights were changed.*lora_A.*handle\.remove\(\)"
+        ):
             generate(pipe)
 
 
@@ -105,7 +108,9 @@ def test_attention_processor_between_runs_is_followed() -> None:
 def test_controlnet_residuals_reach_their_stages() -> None:
     torch.manual_seed(2)
     denoiser = unet()
-    controlnet = diffusers.ControlNetModel.from_unet(denoiser, conditioning_channels=3, load_weights_from_unet=False)
+    controlnet = diffusers.ControlNetModel.from_unet(
+        denoiser, conditioning_channels=3, load_weights_from_unet=False
+    )
     with torch.no_grad():
         for parameter in controlnet.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import generate, sd
+from random_pipelines import generate, sd
 
 import asyncdiff
 from asyncdiff.errors import ConfigurationError
@@ -23,8 +22,8 @@ import argparse, sys
 import torch
 import torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from asyncdiff.{module} import AsyncDiff
-from tiny_pipelines import generate, sd
+from asyncdiff.async_sd import AsyncDiff
+from random_pipelines import generate, sd
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model_n", type=int, default=2)
@@ -45,18 +44,20 @@ if dist.get_rank() == 0:
 """
 
 
-def run_script(
-    tmp_path: Path, *arguments: str, processes: int | None, module: str = "async_sd"
-) -> subprocess.CompletedProcess[str]:
+def run_script(tmp_path: Path, *arguments: str, processes: int) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "run_sd.py"
     output = str(tmp_path / "latents.pt")
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), output=output, module=module))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), output=output))
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     return subprocess.run(
-        [sys.executable, *launcher, str(script), *arguments],
-        capture_output=True, text=True, timeout=100, env=environment, cwd=tmp_path,
-    )  # fmt: skip
+        [*torchrun, str(script), *arguments], capture_output=True, text=True, timeout=100, cwd=tmp_path
+    )
 
 
 def expected_latents(stride: int) -> torch.Tensor:
@@ -66,29 +67,26 @@ def expected_latents(stride: int) -> torch.Tensor:
         return generate(pipe, steps=9)
 
 
-@pytest.mark.parametrize(("stride", "module"), [(1, "async_sd"), (2, "async_animate")])
-def test_published_script_under_torchrun(stride: int, module: str, tmp_path: Path) -> None:
-    done = run_script(tmp_path, f"--stride={stride}", processes=1 + stride, module=module)
+def test_published_script_under_torchrun(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "--stride=2", processes=3)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"Rank 0 of {1 + stride} is done."]
-    assert torch.equal(torch.load(tmp_path / "latents.pt"), expected_latents(stride))
+    assert done.stdout.splitlines() == ["Rank 0 of 3 is done."]
+    assert torch.equal(torch.load(tmp_path / "latents.pt"), expected_latents(2))
 
 
-def test_published_script_with_a_wrong_number_of_processes(tmp_path: Path) -> None:
-    done = run_script(tmp_path, "--model_n=3", "--stride=2", processes=2)
-    assert done.returncode != 0
-    assert "not compatible with the number of devices: model_n=3 with stride=2 needs 4" in done.stderr
-    assert "the world size is 2" in done.stderr
-    assert not (tmp_path / "latents.pt").exists()
+@pytest.mark.parametrize("rank", [0, 1])
+def test_wrong_number_of_processes_is_refused_on_every_rank(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from asyncdiff.async_sd import AsyncDiff
 
-
-def test_published_script_by_plain_python(tmp_path: Path) -> None:
-    """Without torchrun and without GPUs all stages run in the one process, which says so."""
-    done = run_script(tmp_path, processes=None)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["Rank 0 of 1 is done."]
-    assert "asyncdiff: started without torchrun" in done.stderr
-    assert torch.equal(torch.load(tmp_path / "latents.pt"), expected_latents(1))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ConfigurationError, match=r"model_n=3 with stride=2 needs 4 .* but the world size is 2"
+    ):
+        AsyncDiff(sd(), model_n=3, stride=2)
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.fixture
@@ -145,3 +143,4 @@ def test_one_process_warns_that_nothing_is_gained() -> None:
 
     with pytest.warns(AsyncDiffWarning, match="without torchrun"):
         AsyncDiff(sd(), model_n=2).handle.remove()
+    assert torch.distributed.get_rank() == 0

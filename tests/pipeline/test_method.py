@@ -1,4 +1,5 @@
-"""The runtime does what docs/method.md says: bitwise, against an independent implementation in `reference`."""
+"""The runtime does what docs/method.md says: bitwise, against an independent implementation in
+`method_reference`."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from diffusers import (
     PNDMScheduler,
 )
 from diffusers.configuration_utils import register_to_config
-from reference import Reference
-from tiny_pipelines import denoiser, generate, sd, sd3, sdxl, unet
+from method_reference import Reference
+from random_pipelines import denoiser, generate, sd, sd3, sdxl, unet
 from torch import nn
 
 import asyncdiff
@@ -50,13 +51,19 @@ class Toy(ModelMixin, ConfigMixin):
     """Four blocks in a row with skips over one and two of them; the latents enter in three places."""
 
     @register_to_config
-    def __init__(self, in_channels: int = 4, sample_size: int = 8, time_cond_proj_dim: int | None = None) -> None:
+    def __init__(
+        self, in_channels: int = 4, sample_size: int = 8, time_cond_proj_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.a, self.b = Block(in_channels, 1, masks=True), Block(in_channels, 2)
         self.c, self.d = Block(in_channels, 2), Block(in_channels, 4)
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **ignored: Any
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        **ignored: Any,
     ) -> tuple[torch.Tensor]:
         x = sample + encoder_hidden_states.mean()
         a, mask = self.a(timestep, x)
@@ -70,7 +77,9 @@ def toy() -> Toy:
     return Toy().eval()
 
 
-def latents_by_reference(pipe: Any, stages: list[list[str]], *, steps: int = STEPS, **settings: Any) -> torch.Tensor:
+def latents_by_reference(
+    pipe: Any, stages: list[list[str]], *, steps: int = STEPS, **settings: Any
+) -> torch.Tensor:
     module = denoiser(pipe)
     vars(module)["forward"] = Reference(module, pipe.scheduler, stages, **settings)
     try:
@@ -91,7 +100,12 @@ def test_toy_follows_the_method(division: str, stride: int, time_shift: bool, fo
     nested = division.startswith("nested")
     expected = {w: latents_by_reference(pipe, stages, nested=nested, w=w, **settings) for w in (1, 2, 4)}
     with asyncdiff.parallelize(
-        pipe, num_stages=len(stages), stride=stride, time_shift=time_shift, forecast=forecast, partition=stages
+        pipe,
+        num_stages=len(stages),
+        stride=stride,
+        time_shift=time_shift,
+        forecast=forecast,
+        partition=stages,
     ) as handle:
         for warmup_steps, latents in expected.items():
             handle.set(warmup_steps=warmup_steps)
@@ -113,7 +127,9 @@ REAL = {
 )
 def test_real_denoiser_follows_the_method(name: str, num_stages: int, stride: int, kind: str) -> None:
     pipe = REAL[name]()
-    with asyncdiff.parallelize(pipe, num_stages=num_stages, stride=stride, warmup_steps=2, partition=kind) as handle:
+    with asyncdiff.parallelize(
+        pipe, num_stages=num_stages, stride=stride, warmup_steps=2, partition=kind
+    ) as handle:
         latents = generate(pipe, steps=STEPS)
         stages = [list(names) for names in handle.plan.stages]
     assert handle.plan.kind == kind

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import generate, prompt, sd, sd3
+from random_pipelines import generate, prompt, sd, sd3
 
 import asyncdiff
 from asyncdiff.errors import ConfigurationError
@@ -116,8 +116,8 @@ def test_last_run_says_what_happened(tmp_path: Path) -> None:
         report, wiring = handle.last_run, next(iter(handle._installation._analyses.values())).wiring
     assert [step.step for step in report.steps] == list(range(7))
     hidden, prediction = wiring.num_bytes(0, 1), wiring.prediction_bytes
-    # In order (0, 1): hidden states to the two copies of the last stage (the second will read both), and one
-    # prediction. Rounds (2, 3), (4, 5): to two copies; the last round (6) reads with one, and sends nothing on.
+    # In order (0, 1): hidden states to both copies of the last stage (the second will read them), and one
+    # prediction. Rounds (2, 3), (4, 5): to those that will read them; the last round (6) sends nothing on.
     per_step = [sum(device.bytes_sent for device in step.devices) for step in report.steps]
     assert per_step == [
         2 * hidden + prediction, 2 * hidden + prediction, 2 * hidden + 2 * prediction, 0,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from tiny_pipelines import generate, sd
+from random_pipelines import generate, sd
 from torch import nn
 
 import asyncdiff
@@ -45,7 +45,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning
         ({"num_stages": 2, "runtime": "thread"}, "runtime must be one of auto, local, spawn, torchrun"),
         ({"runtime": "torchrun"}, "was not started by torchrun"),
         ({"num_stages": 2, "partition": "ring"}, "partition must be 'chain', 'nested' or one list"),
-        ({"num_stages": 2, "partition": ["conv_in", "conv_out"]}, "partition must be 'chain', 'nested' or one list"),
+        (
+            {"num_stages": 2, "partition": ["conv_in", "conv_out"]},
+            "partition must be 'chain', 'nested' or one list",
+        ),
         ({"num_stages": 2, "partition": 7}, "partition must be 'chain', 'nested' or one list"),
         ({"num_stages": 3, "partition": [["conv_in"], ["conv_out"]]}, "lists 2 stages, but num_stages=3"),
         ({"plan": "plan.json"}, r"plan must be a Plan .* Plan\.load"),
@@ -63,9 +66,15 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        ([["conv_in", "down_blokcs"], ["up_blocks"]], "Stage 0 .* names 'down_blokcs', .*Perhaps down_blocks"),
+        (
+            [["conv_in", "down_blokcs"], ["up_blocks"]],
+            "Stage 0 .* names 'down_blokcs', .*Perhaps down_blocks",
+        ),
         ([["conv_in"], ["up_blocks", "unet.conv_out"]], "Stage 1 .* names 'unet.conv_out'"),
-        ([["down_blocks", "mid_block"], ["mid_block"]], "repeats 'mid_block' .of stage 1.: stage 0 lists 'mid_block'"),
+        (
+            [["down_blocks", "mid_block"], ["mid_block"]],
+            "repeats 'mid_block' .of stage 1.: stage 0 lists 'mid_block'",
+        ),
         ([["down_blocks"], ["down_blocks.0.resnets"]], "repeats 'down_blocks.0.resnets' .* 'down_blocks'"),
         ([["conv_in"], []], "Stage 1 of the partition is empty"),
     ],
@@ -153,7 +162,9 @@ class Undecided(ModelMixin, ConfigMixin):
     """What it does next depends on hidden states."""
 
     @register_to_config
-    def __init__(self, in_channels: int = 4, sample_size: int = 8, time_cond_proj_dim: int | None = None) -> None:
+    def __init__(
+        self, in_channels: int = 4, sample_size: int = 8, time_cond_proj_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.first, self.second = (nn.Conv2d(in_channels, in_channels, 1) for _ in range(2))
 
@@ -162,25 +173,33 @@ class Undecided(ModelMixin, ConfigMixin):
         return (self.second(hidden if hidden.mean() > 0 else -hidden),)
 
 
-@pytest.mark.parametrize("devices", [None, 2], ids=["local", "spawn"])
-def test_denoiser_that_branches_on_hidden_states_is_refused_by_name(devices: int | None) -> None:
+def test_denoiser_that_branches_on_hidden_states_is_refused_by_name() -> None:
     torch.manual_seed(0)
     pipe = sd(unet=Undecided().eval())
     exact = generate(pipe)
-    with asyncdiff.parallelize(pipe, devices, num_stages=2):
+    with asyncdiff.parallelize(pipe, num_stages=2):
         with pytest.raises(UnsupportedDenoiserError, match=r"the denoiser itself.*steer the forward"):
             generate(pipe)
     assert torch.equal(generate(pipe), exact)
 
 
 @pytest.mark.parametrize("devices", [None, 2], ids=["local", "spawn"])
-def test_denoiser_answers_as_before_and_refuses_what_would_see_a_part(devices: int | None, tmp_path: Any) -> None:
+def test_denoiser_answers_as_before_and_refuses_what_would_see_a_part(
+    devices: int | None, tmp_path: Any
+) -> None:
     pipe = sd()
     unet = pipe.unet
     before = (unet.device, unet.dtype, dict(unet.config), unet.num_parameters(), pipe.device, pipe.dtype)
     with asyncdiff.parallelize(pipe, devices, num_stages=2):
         generate(pipe)
-        assert (unet.device, unet.dtype, dict(unet.config), unet.num_parameters(), pipe.device, pipe.dtype) == before
+        assert (
+            unet.device,
+            unet.dtype,
+            dict(unet.config),
+            unet.num_parameters(),
+            pipe.device,
+            pipe.dtype,
+        ) == before
         assert unet.to("cpu") is unet
         assert pipe.to("cpu", torch.float32) is pipe
         refused = {
@@ -196,10 +215,9 @@ def test_denoiser_answers_as_before_and_refuses_what_would_see_a_part(devices: i
             "sequential": lambda: pipe.enable_sequential_cpu_offload(device="cpu"),
             "group": lambda: unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
         }
-        for name, refuse in refused.items():
+        for refuse in refused.values():
             with pytest.raises(ParallelizedError, match=r"handle\.remove\(\)"):
                 refuse()
-                pytest.fail(name)
     assert not list(tmp_path.iterdir())
 
 
@@ -223,7 +241,7 @@ def test_report_before_the_first_run_is_refused() -> None:
 def test_stride_with_a_noise_scheduler_that_cannot_tell_is_refused() -> None:
     """Inpainting U-Nets get latents, a mask and a picture in one tensor: only the first may be rescaled."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionInpaintPipeline
-    from tiny_pipelines import unet
+    from random_pipelines import unet
 
     pipe = sd(StableDiffusionInpaintPipeline, unet=unet(in_channels=9), scheduler=EulerDiscreteScheduler())
     picture = {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(1, 1, 8, 8)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from tiny_pipelines import generate, prompt, quiet, sd
+from random_pipelines import generate, prompt, quiet, sd
 
 import asyncdiff
 
@@ -50,7 +50,13 @@ def test_image_to_image_made_from_the_same_components(how: str) -> None:
         assert [step.step for step in handle.last_run.steps] == list(range(7))
         handle.set(warmup_steps=2)
         asynchronous = image_to_image(other)
-        assert [s.step for s in handle.last_run.steps if s.devices[1].bytes_sent] == [0, 1, 2, 4, 6]
+        assert [s.step for s in handle.last_run.steps if any(d.compute_s for d in s.devices)] == [
+            0,
+            1,
+            2,
+            4,
+            6,
+        ]
         for _ in range(2):  # alternating
             assert torch.equal(generate(pipe, steps=8), first)
             assert torch.equal(image_to_image(other), asynchronous)
@@ -64,7 +70,7 @@ def own_scheduler(pipe: Any) -> Any:
 
 
 def test_interleaved_steps_are_told_apart() -> None:
-    """A whole run of another pipeline in the callback of each step: every call belongs to the run of its caller."""
+    """A whole run of another pipeline after each step: every call belongs to the run of its caller."""
     pipe = sd()
     with asyncdiff.parallelize(pipe, **DIVISION):
         other = own_scheduler(pipe)

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, denoiser, generate, sd
+from random_pipelines import PIPELINES, generate, sd
 
 import asyncdiff
 
@@ -43,13 +43,13 @@ def test_pipeline_is_untouched(name: str, dtype: torch.dtype, guidance: float, i
 
 
 @pytest.mark.parametrize("scheduler", NOISE_SCHEDULERS, ids=lambda c: c.__name__.removesuffix("Scheduler"))
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd"])
 def test_noise_scheduler_is_untouched(name: str, scheduler: Any) -> None:
     pipe = PIPELINES[name](scheduler=scheduler())
     alone = generate(pipe, steps=STEPS)
     with asyncdiff.parallelize(pipe, **settings(True)) as handle:
         assert torch.equal(generate(pipe, steps=STEPS), alone)
-        # Every call was a step of one run: PNDM, Heun and DPM++ repeat timesteps or call more often than asked.
+        # Every call was a step of one run: PNDM and Heun repeat timesteps and call more often than asked.
         calls = len(pipe.scheduler.timesteps)
         assert [step.step for step in handle.last_run.steps] == list(range(calls))
 
@@ -71,12 +71,3 @@ def test_pictures_are_untouched() -> None:
     alone = generate(pipe, output_type="pt")
     with asyncdiff.parallelize(pipe, **settings(True)):
         assert torch.equal(generate(pipe, output_type="pt"), alone)
-
-
-def test_spawned_in_order_is_untouched() -> None:
-    pipe = sd()
-    alone = generate(pipe, steps=STEPS)
-    with asyncdiff.parallelize(pipe, ["cpu", "cpu"], warmup_steps=ALL):
-        assert torch.equal(generate(pipe, steps=STEPS), alone)
-    assert torch.equal(generate(pipe, steps=STEPS), alone)
-    assert not hasattr(denoiser(pipe), "__signature__")

@@ -45,5 +45,7 @@ def workers() -> Iterator[SpawnedWorkers]:
 @pytest.fixture
 def spawned(workers: SpawnedWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     """`parallelize` takes the workers that are there already."""
-    module = importlib.import_module("asyncdiff.pipeline.parallelize")  # the package has a function of this name
+    module = importlib.import_module(
+        "asyncdiff.pipeline.parallelize"
+    )  # the package has a function of this name
     monkeypatch.setattr(module, "SpawnedWorkers", lambda threads: SharedWorkers(workers, len(threads)))

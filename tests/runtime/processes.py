@@ -34,7 +34,9 @@ def wait_until_gone(pids: Sequence[int], timeout_s: float = 8.0) -> None:
 def run_script(
     arguments: Sequence[str], *, stdin: str | None = None, timeout_s: float = SCRIPT_TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python` with these arguments, `tiny_pipelines` importable; its whole session is killed if it is late."""
+    """Run `python` with these arguments, `tiny_pipelines` importable; its whole session is killed if it is
+    late.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *arguments],

@@ -1,4 +1,6 @@
-"""A module that misbehaves on demand. Importable in the workers, as `__main__` is not; imports no diffusers there."""
+"""A module that misbehaves on demand. Importable in the workers, as `__main__` is not; imports no diffusers
+there.
+"""
 
 from __future__ import annotations
 

@@ -16,9 +16,13 @@ SHAPES = [(2, 1), (3, 1), (2, 2), (1, 2)]
 
 
 def settings() -> list[Any]:
-    every = itertools.product(SHAPES, ("chain", "nested"), ("linear", "none"), (torch.float32, torch.bfloat16))
+    every = itertools.product(
+        SHAPES, ("chain", "nested"), ("linear", "none"), (torch.float32, torch.bfloat16)
+    )
     return [
-        pytest.param(shape, kind, forecast, dtype, id=f"N{shape[0]}-S{shape[1]}-{kind}-{forecast}-{str(dtype)[6:]}")
+        pytest.param(
+            shape, kind, forecast, dtype, id=f"N{shape[0]}-S{shape[1]}-{kind}-{forecast}-{str(dtype)[6:]}"
+        )
         for shape, kind, forecast, dtype in every
         if shape[0] > 1 or kind == "chain"
     ]
@@ -31,8 +35,8 @@ def test_spawned_workers_equal_local_executor(
 ) -> None:
     num_stages, stride = shape
     options: dict[str, Any] = {
-        "num_stages": num_stages, "stride": stride, "partition": kind, "forecast": forecast, "warmup_steps": 2,
-        "time_shift": stride == 2 and forecast == "none",
+        "num_stages": num_stages, "stride": stride, "partition": kind, "forecast": forecast,
+        "warmup_steps": 2, "time_shift": stride == 2 and forecast == "none",
     }  # fmt: skip
     pipe = tiny_pipeline(dtype=dtype)
     untouched = generate(pipe)

@@ -35,7 +35,7 @@ def orders(tmp_path: Path) -> Path:
 def test_exception_in_a_stage_is_named_and_the_handle_goes_on(orders: Path, name: str) -> None:
     pipe = tiny_pipeline()
     sabotage(pipe, name, orders)
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], warmup_steps=2) as handle:
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain", warmup_steps=2) as handle:
         expected = generate(pipe, num_steps=8)
         rank = 1 if name == "conv_out" else 0
         with pytest.raises(WorkerError, match="sabotage") as caught:
@@ -71,7 +71,7 @@ def test_exception_in_a_callback_costs_nothing(orders: Path) -> None:
         return kwargs
 
     pipe = tiny_pipeline()
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]):
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain"):
         expected = generate(pipe)
         with pytest.raises(KeyError, match="the user's own"):
             generate(pipe, callback_on_step_end=callback)
@@ -83,7 +83,7 @@ def test_a_run_cannot_go_on_after_an_error(orders: Path) -> None:
     pipe = tiny_pipeline()
     sabotage(pipe, "conv_out", orders)
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 24, 16))
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]):
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain"):
         pipe.unet(*inputs)
         pipe.scheduler.set_timesteps(5)
         order(orders, "fail")
@@ -101,7 +101,7 @@ def test_killed_worker_is_named_and_its_weights_come_from_the_file(
     pipe = tiny_pipeline(type(tiny_unet()).from_pretrained(tmp_path))
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     plain = generate(pipe)
-    handle = asyncdiff.parallelize(pipe, devices=["cpu", "cpu"])
+    handle = asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain")
     expected = generate(pipe)
     pid = handle.workers[0].pid
     callback = None
@@ -109,13 +109,18 @@ def test_killed_worker_is_named_and_its_weights_come_from_the_file(
         os.kill(pid, signal.SIGKILL)
         wait_until_gone([pid])
     else:
-        def callback(pipe: object, index: int, timestep: object, kwargs: dict[str, object]) -> dict[str, object]:
+
+        def callback(
+            pipe: object, index: int, timestep: object, kwargs: dict[str, object]
+        ) -> dict[str, object]:
             if index == 2:
                 os.kill(pid, signal.SIGKILL)
             return kwargs
 
     start = time.monotonic()
-    with pytest.raises(WorkerError, match=f"rank 1 .process {pid} on .*, stage 1. ended unexpectedly at step") as caught:
+    with pytest.raises(
+        WorkerError, match=f"rank 1 .process {pid} on .*, stage 1. ended unexpectedly at step"
+    ) as caught:
         generate(pipe, callback_on_step_end=callback)
     assert time.monotonic() - start < ERROR_WITHIN_S
     assert (caught.value.rank, caught.value.stage) == (1, 1)
@@ -125,24 +130,26 @@ def test_killed_worker_is_named_and_its_weights_come_from_the_file(
     handle.remove()
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
     assert torch.equal(generate(pipe), plain)
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]):
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain"):
         assert torch.equal(generate(pipe), expected)
 
 
 def test_weights_that_no_file_gives_back_are_named(orders: Path) -> None:
     pipe = tiny_pipeline()
     sabotage(pipe, "conv_out", orders)
-    handle = asyncdiff.parallelize(pipe, devices=["cpu", "cpu"])
+    handle = asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain")
     generate(pipe)
     order(orders, "die")
-    with pytest.raises(WorkerError, match="rank 1 .* ended unexpectedly at step 0, while the driver was waiting"):
+    with pytest.raises(
+        WorkerError, match=r"rank 1 .* ended unexpectedly at step 0, while the driver was waiting"
+    ):
         generate(pipe)
     with pytest.raises(WeightsLostError, match="tensors of the denoiser"):
         handle.remove()
     assert not is_running(handle.workers[0].pid)
     again = tiny_pipeline()
     plain = generate(again)
-    with asyncdiff.parallelize(again, devices=["cpu", "cpu"], warmup_steps=9):
+    with asyncdiff.parallelize(again, devices=["cpu", "cpu"], partition="chain", warmup_steps=9):
         assert torch.equal(generate(again), plain)
 
 
@@ -183,9 +190,9 @@ def test_the_dead_worker_is_named_not_the_one_that_waited_for_it(orders: Path) -
 
 def test_two_pipelines_at_once_do_not_disturb_each_other(orders: Path) -> None:
     first, second = tiny_pipeline(), tiny_pipeline()
-    with asyncdiff.parallelize(first, devices=["cpu", "cpu"]) as handle:
+    with asyncdiff.parallelize(first, devices=["cpu", "cpu"], partition="chain") as handle:
         expected = generate(first)
-        with asyncdiff.parallelize(second, devices=["cpu", "cpu"]) as other:
+        with asyncdiff.parallelize(second, devices=["cpu", "cpu"], partition="chain") as other:
             assert torch.equal(generate(second), expected)
             os.kill(other.workers[0].pid, signal.SIGKILL)
             with pytest.raises(WorkerError, match="ended unexpectedly"):
@@ -202,7 +209,7 @@ def test_idle_workers_take_no_processor_time() -> None:
     import psutil
 
     pipe = tiny_pipeline()
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]) as handle:
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain") as handle:
         expected = generate(pipe)
         process = psutil.Process(handle.workers[0].pid)
         before = sum(process.cpu_times()[:2]), time.process_time()

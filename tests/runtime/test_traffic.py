@@ -54,9 +54,9 @@ class Tap:
 
 
 @pytest.mark.parametrize(("num_devices", "options"), [
-    (2, {"stride": 1}),
-    (3, {"stride": 1}),
-    (3, {"stride": 2}),
+    (2, {"partition": "chain"}),
+    (3, {"partition": "chain"}),
+    (3, {"stride": 2, "partition": "chain"}),
     (3, {"stride": 2, "partition": "nested"}),
 ])  # fmt: skip
 def test_bytes_sent_are_what_the_graph_says(
@@ -74,7 +74,7 @@ def test_bytes_sent_are_what_the_graph_says(
 
 def test_constant_inputs_cross_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline()
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]) as handle:
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain") as handle:
         generate(pipe, num_steps=NUM_STEPS)
         tap = Tap(handle, monkeypatch)
         generate(pipe, num_steps=NUM_STEPS)
@@ -89,9 +89,9 @@ def test_inputs_written_in_place_are_sent_again(monkeypatch: pytest.MonkeyPatch)
 
     call = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     pipe = tiny_pipeline()
-    with asyncdiff.parallelize(pipe, runtime="local", num_stages=2):
+    with asyncdiff.parallelize(pipe, runtime="local", num_stages=2, partition="chain"):
         expected = generate(pipe, num_steps=NUM_STEPS, **call)
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]) as handle:
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain") as handle:
         tap = Tap(handle, monkeypatch)
         assert torch.equal(generate(pipe, num_steps=NUM_STEPS, **call), expected)
         assert tap.inputs == {"encoder_hidden_states": 2}
@@ -99,7 +99,7 @@ def test_inputs_written_in_place_are_sent_again(monkeypatch: pytest.MonkeyPatch)
 
 def test_no_state_is_kept_of_runs_that_are_over() -> None:
     pipe = tiny_pipeline()
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]) as handle:
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain") as handle:
         executor = handle._installation.executor
         for _ in range(4):
             generate(pipe)

@@ -15,8 +15,8 @@ def tiny_unet() -> UNet2DConditionModel:
     """Random weights from a fixed seed."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 16), layers_per_block=1, cross_attention_dim=16, norm_num_groups=4,
-        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=8, block_out_channels=(16, 16), layers_per_block=1, cross_attention_dim=16,
+        norm_num_groups=4, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()  # fmt: skip
 
@@ -45,6 +45,6 @@ def generate(pipe: Any, *, seed: int = 3, num_steps: int = NUM_STEPS, **kwargs: 
     prompt = torch.randn(1, 24, 16, generator=random).to(pipe.unet.dtype)
     negative = torch.randn(1, 24, 16, generator=random).to(pipe.unet.dtype)
     return pipe(
-        prompt_embeds=prompt, negative_prompt_embeds=negative, num_inference_steps=num_steps, height=8, width=8,
-        generator=random, output_type="latent", **kwargs,
+        prompt_embeds=prompt, negative_prompt_embeds=negative, num_inference_steps=num_steps, height=8,
+        width=8, generator=random, output_type="latent", **kwargs,
     ).images  # fmt: skip

@@ -1,7 +1,8 @@
 """Starting worker processes on this host: `python -m asyncdiff.worker`, one per further device.
 
-Each in a session of its own (Ctrl-C reaches only the driver). The user's `__main__` is never imported, so scripts
-without a guard, `python -`, notebooks and server threads work. A worker ends when its control connection closes.
+Each in a session of its own (Ctrl-C reaches only the driver). The user's `__main__` is never imported, so
+scripts without a guard, `python -`, notebooks and server threads work. A worker ends when its control
+connection closes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class SpawnedWorkers:
     is_local = True
 
     def __init__(self, threads: list[int | None]) -> None:
-        """Start one process per entry; `threads[i]` is its number of intra-op threads (None: torch's default)."""
+        """Start one process per entry; `threads[i]` is its number of intra-op threads (None: torch's
+        default).
+        """
         self.connections: dict[int, WorkerConnection] = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self.driver_pid = os.getpid()
@@ -75,7 +78,8 @@ class SpawnedWorkers:
             try:
                 connection = listener.accept()
                 hello = receive_message(connection)
-            except (TimeoutError, EOFError, ConnectionError, AuthenticationError):  # nobody yet, or not one of ours
+            except (TimeoutError, EOFError, ConnectionError, AuthenticationError):
+                # Nobody yet, or not one of ours.
                 self._check_started(deadline)
                 continue
             self.connections[hello.rank] = WorkerConnection(connection, hello)
@@ -104,14 +108,15 @@ def _close_all() -> None:
 def _start_process(
     rank: int, address: tuple[str, int], authkey: bytes, threads: int | None
 ) -> subprocess.Popen[bytes]:
-    """The address, the key and the import path go through standard input, where other users cannot see them."""
+    """Address, key and import path go through standard input, where other users cannot see them."""
     environment = dict(os.environ)
     package_parent = str(Path(asyncdiff.__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
     if threads is not None:
         environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
+    # -P: a module of the working directory must not be imported in the place of a standard one.
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "asyncdiff.worker"],  # -P: no module of the working directory instead of ours
+        [sys.executable, "-P", "-m", "asyncdiff.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env=environment,

@@ -1,7 +1,7 @@
 """Joining the processes that torchrun started: rank 0 is the driver, the others become its workers.
 
-They meet through torchrun's own store (never the default process group) and stay joined until the driver ends, so
-that a second `parallelize` in the script finds them again.
+They meet through torchrun's own store (never the default process group) and stay joined until the driver
+ends, so that a second `parallelize` in the script finds them again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ _joined: TorchrunWorkers | None = None
 
 
 def join_torchrun(devices: list[str]) -> TorchrunWorkers:
-    """On rank 0: the workers. On other ranks this does not return: it raises `SystemExit` when the driver ends."""
+    """On rank 0: the workers. On other ranks this does not return: it raises `SystemExit` when the driver
+    ends.
+    """
     global _joined
     rank = int(os.environ["RANK"])
     if rank > 0:
@@ -77,7 +79,7 @@ def _accept(world_size: int) -> TorchrunWorkers:
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     authkey = secrets.token_bytes(32)
     with Listener((host, 0), backlog=world_size, authkey=authkey) as listener:
-        _store().set(_KEY, pickle.dumps((listener.address, authkey)))
+        _store().set(_KEY, pickle.dumps((listener.address, authkey)))  # type: ignore[arg-type]
         listener._listener._socket.settimeout(_START_TIMEOUT.total_seconds())  # type: ignore[attr-defined]
         connections: dict[int, WorkerConnection] = {}
         while len(connections) < world_size - 1:
@@ -86,7 +88,8 @@ def _accept(world_size: int) -> TorchrunWorkers:
             except TimeoutError:
                 late = min(set(range(1, world_size)) - set(connections))
                 raise WorkerError(
-                    f"Rank {late} has not called parallelize within {_START_TIMEOUT.total_seconds():.0f} s.", rank=late
+                    f"Rank {late} has not called parallelize within {_START_TIMEOUT.total_seconds():.0f} s.",
+                    rank=late,
                 ) from None
             hello = receive_message(connection)
             connections[hello.rank] = WorkerConnection(connection, hello)

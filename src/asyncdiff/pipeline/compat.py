@@ -1,7 +1,9 @@
-"""The class of the published code (github.com/czg1225/AsyncDiff), so that scripts written for it run unchanged.
+"""The class of the published code (github.com/czg1225/AsyncDiff), so that scripts written for it run
+unchanged.
 
 What differs underneath: the pipeline runs in rank 0 alone. The other ranks become stage workers inside the
-constructor and leave it by `SystemExit(0)` when rank 0 ends, so what such a script does after it happens once.
+constructor and leave it by `SystemExit(0)` when rank 0 ends, so what such a script does after it happens
+once.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from asyncdiff.pipeline.user_warning import warn_user
 class AsyncDiff:
     """`asyncdiff.parallelize` under the published name and arguments.
 
-    `model_n`: number of stages; `model_n + stride - 1` must be torchrun's world size. `forecast`: "none", as in the
-    paper, unless asked otherwise. Moves the pipeline to the GPU of this rank, where there is one, and initialises the
-    default process group if the script has not, because scripts ask it for their rank. Started by plain `python`, it
-    takes as many GPUs of this machine, or else runs all stages in this process and warns: the same picture, no gain.
-    Raises `ConfigurationError` on every rank where the numbers do not fit.
+    `model_n`: number of stages; `model_n + stride - 1` must be torchrun's world size. `forecast`: "none", as
+    in the paper, unless asked otherwise. Moves the pipeline to the GPU of this rank, where there is one, and
+    initialises the default process group if the script has not, because scripts ask it for their rank.
+    Started by plain `python`, it takes as many GPUs of this machine, or else runs all stages in this process
+    and warns: the same picture, no gain. Raises `ConfigurationError` on every rank where the numbers do not
+    fit.
     """
 
     def __init__(
@@ -77,8 +80,9 @@ def _check_world_size(settings: Settings) -> None:
     if is_started_by_torchrun() and world_size != settings.num_workers:
         raise ConfigurationError(
             f"The strategy is not compatible with the number of devices: model_n={settings.num_stages} with "
-            f"stride={settings.stride} needs {settings.num_workers} (model_n + stride - 1), but the world size is "
-            f"{world_size}. Start the script with: torchrun --nproc-per-node {settings.num_workers} ..."
+            f"stride={settings.stride} needs {settings.num_workers} (model_n + stride - 1), but the world "
+            f"size is {world_size}. Start the script with: torchrun --nproc-per-node {settings.num_workers} "
+            "..."
         )
 
 
@@ -91,8 +95,9 @@ def _placement(pipeline: Any, settings: Settings) -> tuple[list[str] | None, str
         return [f"cuda:{index}" for index in range(settings.num_workers)], "auto"
     if settings.num_workers > 1:
         warn_user(
-            f"started without torchrun on a machine with {torch.cuda.device_count()} CUDA devices, so all stages run "
-            f"in this process, without gain. Use: torchrun --nproc-per-node {settings.num_workers} ..."
+            f"started without torchrun on a machine with {torch.cuda.device_count()} CUDA devices, so all "
+            "stages run in this process, without gain. Use: torchrun --nproc-per-node "
+            f"{settings.num_workers} ..."
         )
     if torch.cuda.is_available():
         pipeline.to("cuda:0")
@@ -100,7 +105,7 @@ def _placement(pipeline: Any, settings: Settings) -> tuple[list[str] | None, str
 
 
 def _torchrun_devices(pipeline: Any, world_size: int) -> list[str]:
-    """One name per rank, the first as the driver's pipeline has it; a worker takes the GPU of its local rank."""
+    """One name per rank; the first is where the driver's pipeline is, a worker takes its local rank's GPU."""
     if not torch.cuda.is_available():
         return ["cpu"] * world_size
     driver = f"cuda:{torchrun_local_rank()}"

@@ -16,7 +16,7 @@ RUNTIMES = ("auto", "local", "spawn", "torchrun")
 
 @dataclass(frozen=True)
 class Placement:
-    """`runtime`: one of `RUNTIMES` but "auto". `devices`: one per rank, or a single one for the local runtime."""
+    """`runtime`: one of `RUNTIMES` but "auto". `devices`: one per rank, a single one for "local"."""
 
     runtime: str
     devices: tuple[str, ...]
@@ -24,7 +24,7 @@ class Placement:
 
     @property
     def threads_per_device(self) -> int | None:
-        """Intra-op threads of each worker when CPU workers of one host share its cores; None: leave as it is."""
+        """Intra-op threads per worker where CPU workers share the cores of a host; None: leave as it is."""
         cpu_workers = sum(torch.device(device).type == "cpu" for device in self.devices)
         if self.runtime == "local" or cpu_workers < 2:
             return None
@@ -136,8 +136,10 @@ def _local_placement(
         return Placement("local", (str(denoiser_device),), settle(None, num_stages, stride)[0])
     names = parse_devices(devices, denoiser_device)
     _check_driver_device(names[0], denoiser_device)
-    stages, _ = settle(None, num_stages, stride) if len(names) == 1 and num_stages else settle(
-        len(names), num_stages, stride
+    stages, _ = (
+        settle(None, num_stages, stride)
+        if len(names) == 1 and num_stages
+        else settle(len(names), num_stages, stride)
     )
     return Placement("local", (names[0],), stages)
 
@@ -157,15 +159,16 @@ def _torchrun_placement(
     world_size = int(os.environ["WORLD_SIZE"])
     if isinstance(devices, int) and devices != world_size:
         raise ConfigurationError(
-            f"devices={devices} was given, but torchrun started {world_size} processes. Pass neither, or start "
-            f"torchrun --nproc-per-node {devices}."
+            f"devices={devices} was given, but torchrun started {world_size} processes. Pass neither, or "
+            f"start torchrun --nproc-per-node {devices}."
         )
     stages, _ = settle(world_size, num_stages, stride)
     if devices is not None and not isinstance(devices, int):
         names = tuple(devices)
         if len(names) != world_size:
             raise ConfigurationError(
-                f"{len(names)} devices were given, but torchrun started {world_size} processes: pass one each."
+                f"{len(names)} devices were given, but torchrun started {world_size} processes: pass one "
+                "each."
             )
     else:
         names = (denoiser_device.type,) * world_size

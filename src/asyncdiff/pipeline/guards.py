@@ -66,7 +66,8 @@ class Refusal:
 class RefuseOtherDevice:
     """Stands in for `to`: everything but staying where it is, as it is, is refused.
 
-    `move`: what to call where nothing changes for the denoiser (a pipeline's other components may still move).
+    `move`: what to call where nothing changes for the denoiser (a pipeline's other components may still
+    move).
     """
 
     owner: Any
@@ -79,9 +80,9 @@ class RefuseOtherDevice:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **where)
         if not (device is None or _is_same(device, self.device)) or dtype not in (None, self.dtype):
             raise ParallelizedError(
-                f"{type(self.owner).__name__}.to({device or dtype}) is not possible while the denoiser is divided over "
-                f"devices: it stays on {self.device} in {self.dtype}. Call handle.remove() first. (from_pipe casts to "
-                f"float32 unless it is given torch_dtype.)"
+                f"{type(self.owner).__name__}.to({device or dtype}) is not possible while the denoiser is "
+                f"divided over devices: it stays on {self.device} in {self.dtype}. Call handle.remove() "
+                "first. (from_pipe casts to float32 unless it is given torch_dtype.)"
             )
         return self.owner if self.move is None else self.move(self.owner, *args, **kwargs)
 

@@ -30,8 +30,8 @@ class Handle:
 
     @property
     def plan(self) -> Plan | None:
-        """Partition, settings and devices. None until the first denoiser call, unless it was given: the blocks
-        are found from real inputs."""
+        """Partition, settings and devices. None until the first denoiser call, unless it was given: the
+        blocks are found from real inputs."""
         return self._installation.plan
 
     @property
@@ -40,7 +40,7 @@ class Handle:
         return self._installation.report()
 
     def set(self, *, warmup_steps: int) -> None:
-        """Change the number of steps that run in order, from the next run on; `ConfigurationError` below 1."""
+        """Change how many steps run in order, from the next run on; `ConfigurationError` below 1."""
         self._installation.set(check_count("warmup_steps", warmup_steps))
 
     def remove(self) -> None:

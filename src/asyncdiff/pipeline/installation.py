@@ -1,7 +1,8 @@
 """What stands in for the denoiser's forward: every call becomes a step of the schedule.
 
-The pipeline runs as it is; only this object knows that the denoiser is elsewhere. It finds out which run, step and
-channel a call belongs to, analyses inputs of a new structure, dispatches rounds and returns predictions.
+The pipeline runs as it is; only this object knows that the denoiser is elsewhere. It finds out which run,
+step and channel a call belongs to, analyses inputs of a new structure, dispatches rounds and returns
+predictions.
 """
 
 from __future__ import annotations
@@ -113,13 +114,14 @@ class Installation:
         self._context = _ContextNames()
         self._removed = False
 
-    # -- in and out --------------------------------------------------------------------------------------------
+    # -- in and out ------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Put the entry in the place of the denoiser's forward, and listen to the noise scheduler."""
         vars(self.denoiser)["forward"] = DenoiserEntry(self, self.denoiser.forward)
         if hasattr(type(self.denoiser), "cache_context"):
-            vars(self.denoiser)["cache_context"] = _NamedContext(self._context, self.denoiser.cache_context)
+            original = getattr(self.denoiser, "cache_context")  # noqa: B009 (mypy takes it for a submodule)
+            vars(self.denoiser)["cache_context"] = _NamedContext(self._context, original)
         install_guards(self.pipe, self.denoiser, self._device, self._dtype)
         scheduler = getattr(self.pipe, "scheduler", None)
         if scheduler is not None:
@@ -143,11 +145,12 @@ class Installation:
                 self.executor.close()
         if lost:
             raise WeightsLostError(
-                f"{len(lost)} tensors of the denoiser were held by a worker that is gone, and no file that they "
-                f"came from gives them back: {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}. Load the pipeline again."
+                f"{len(lost)} tensors of the denoiser were held by a worker that is gone, and no file that "
+                f"they came from gives them back: {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}. Load the "
+                "pipeline again."
             )
 
-    # -- a denoiser call ---------------------------------------------------------------------------------------
+    # -- a denoiser call -------------------------------------------------------------------------------------
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the denoiser's forward would have returned, from the stages."""
@@ -206,13 +209,13 @@ class Installation:
         return state
 
     def _schedule(self, position: Position, analysis: Analysis) -> Schedule:
-        """From this step to the end of the run; a call that cannot be placed is a run of one step, in order."""
+        """From this step to the end of the run; a call that cannot be placed is a run of one step."""
         num_steps = position.num_steps if position.placed and position.num_steps else position.step + 1
         return schedule_for(
             analysis.partition.kind, analysis.crossings, self.settings, position.step, num_steps
         )
 
-    # -- where a call stands -----------------------------------------------------------------------------------
+    # -- where a call stands ---------------------------------------------------------------------------------
 
     def _place(self, inputs: Inputs) -> PlacedCall:
         pipe = calling_pipeline(self.denoiser) or self.pipe
@@ -237,8 +240,8 @@ class Installation:
         if settings.num_workers > 1 and position.num_steps <= settings.warmup_steps + _SHORT_RUN_MARGIN:
             self._warn(
                 "short",
-                f"a run of {position.num_steps} steps with warmup_steps={settings.warmup_steps} is too short to gain "
-                f"from asynchronous denoising.",
+                f"a run of {position.num_steps} steps with warmup_steps={settings.warmup_steps} is too short "
+                "to gain from asynchronous denoising.",
             )
 
     def _forget_ended_runs(self) -> tuple[int, ...]:
@@ -247,7 +250,7 @@ class Installation:
         self._calls = {run: calls for run, calls in self._calls.items() if run not in ended}
         return ended
 
-    # -- structures --------------------------------------------------------------------------------------------
+    # -- structures ------------------------------------------------------------------------------------------
 
     def _analysis(self, inputs: Inputs) -> Analysis:
         key = inputs.key()
@@ -297,7 +300,8 @@ class Installation:
         )
 
     def _follow_changes(self) -> None:
-        """What was changed on the denoiser since the last run (processors, FreeU, adapter scales) is passed on.
+        """What was changed on the denoiser since the last run (processors, FreeU, adapter scales) is passed
+        on.
 
         Changed weights cannot be: they are elsewhere.
         """
@@ -309,8 +313,9 @@ class Installation:
         if skeleton.specs != self._skeleton.specs:
             changed = sorted(skeleton.specs.keys() ^ self._skeleton.specs.keys())
             raise ParallelizedError(
-                f"The denoiser's weights were changed after parallelize ({', '.join(changed[:3]) or 'other shapes'}"
-                f"{' ...' * (len(changed) > 3)}). Call handle.remove() first, change them, then parallelize again."
+                "The denoiser's weights were changed after parallelize "
+                f"({', '.join(changed[:3]) or 'other shapes'}{' ...' * (len(changed) > 3)}). Call "
+                "handle.remove() first, change them, then parallelize again."
             )
         self._skeleton = skeleton
         self._analyses.clear()
@@ -320,7 +325,7 @@ class Installation:
             self.denoiser, omit=("forward", "cache_context", *guard_names()), allow_main=not self._ships
         )
 
-    # -- the rest ----------------------------------------------------------------------------------------------
+    # -- the rest --------------------------------------------------------------------------------------------
 
     def set(self, warmup_steps: int) -> None:
         """Change how many steps run in order, from the next run on."""
@@ -334,7 +339,9 @@ class Installation:
         with self._lock:
             if self._last_run is None or self.plan is None:
                 raise ParallelizedError("There is no run to report yet: call the pipeline first.")
-            return build_report(self._calls[self._last_run], self.executor.reports(self._last_run), self._devices)
+            return build_report(
+                self._calls[self._last_run], self.executor.reports(self._last_run), self._devices
+            )
 
     def _note_call(self, call: PlacedCall, start_s: float) -> None:
         record = CallRecord(call.position.step, call.position.channel, start_s, time.perf_counter())

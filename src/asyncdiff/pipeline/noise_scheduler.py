@@ -169,7 +169,9 @@ class _Watching:
 
 
 def _extent_at_call(scheduler: Any) -> Callable[[object, int], Extent]:
-    held_weakly = weakref.ref(scheduler)  # the tracker keeps this function, and is kept where the scheduler is the key
+    held_weakly = weakref.ref(
+        scheduler
+    )  # the tracker keeps this function, and is kept where the scheduler is the key
 
     def extent(argument: object, step: int) -> Extent:
         scheduler = held_weakly()

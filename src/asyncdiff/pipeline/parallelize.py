@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
@@ -47,25 +48,24 @@ def parallelize(
 ) -> Handle:
     """Divide the pipeline's denoiser over devices; `pipe(...)` is called as before.
 
-    `devices`: a number, or names, the first being the one the pipeline is on; `num_stages + stride - 1` of them.
-    Without devices but with `num_stages`, all stages run in this process (runtime "local"): the image that as
-    many devices would give. Under torchrun every rank calls this; ranks above 0 become workers and leave by
-    `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`, `time_shift`: Chen et al. 2024, sections 3.2-3.3;
-    `forecast`: "linear" (docs/method.md, section 5) or "none", as in the paper. `partition`: "chain", "nested", module
-    names per stage, or None to choose the kind by speed, weights per device and traffic. `plan`: a saved or edited plan, which then settles all of this but the runtime.
-    Raises `ConfigurationError` before anything is started.
+    `devices`: a number, or names, the first being the one the pipeline is on; `num_stages + stride - 1` of
+    them. Without devices but with `num_stages`, all stages run in this process (runtime "local"): the image
+    that as many devices would give. Under torchrun every rank calls this; ranks above 0 become workers and
+    leave by `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`, `time_shift`: Chen et al. 2024,
+    sections 3.2-3.3; `forecast`: "linear" (docs/method.md, section 5) or "none", as in the paper.
+    `partition`: "chain", "nested", module names per stage, or None to choose the kind by speed, weights per
+    device and traffic. `plan`: a saved or edited plan, which then settles all of this but the runtime. Raises
+    `ConfigurationError` before anything is started.
     """
     denoiser = denoiser_of(pipe)
-    if isinstance(vars(denoiser).get("forward"), DenoiserEntry):
-        raise ConfigurationError(
-            "This pipeline's denoiser is already parallelized; pipelines that share it are served too. Call "
-            "handle.remove() first to divide it in another way."
-        )
+    _refuse_parallelized(denoiser)
     refuse_compiled(denoiser)
     refuse_offloading(pipe, denoiser)
     device = device_of(denoiser)
     if not isinstance(plan, Plan | None):
-        raise ConfigurationError(f"plan must be a Plan (a file is read by Plan.load), but {plan!r} was given.")
+        raise ConfigurationError(
+            f"plan must be a Plan (a file is read by Plan.load), but {plan!r} was given."
+        )
     if plan is not None:
         devices, num_stages = _devices_of(plan, devices, num_stages), plan.num_stages
         settings = plan.settings
@@ -76,7 +76,7 @@ def parallelize(
         settings = Settings(placement.num_stages, stride, warmup_steps, time_shift, forecast)
         check_partition(partition, settings, denoiser)
     threads = plan.threads_per_device if plan is not None else placement.threads_per_device
-    executor, workers, names = _start(placement, settings, threads)
+    executor, workers, names = _start(placement, threads, type(denoiser).__module__)
     installation = Installation(
         pipe,
         denoiser,
@@ -107,11 +107,12 @@ def plan(
 ) -> Plan:
     """How `parallelize` with the same arguments would divide the denoiser; nothing is started or moved.
 
-    `example`: keyword arguments of a pipeline call, which is made up to its first denoiser call to see the inputs
-    (default: an empty prompt). `profile`: time every block on the denoiser's device with those inputs, instead of
-    estimating from FLOPs and bytes; slower, better balanced, and not the same cut every time.
+    `example`: keyword arguments of a pipeline call, which is made up to its first denoiser call to see the
+    inputs (default: an empty prompt). `profile`: time every block on the denoiser's device with those inputs,
+    instead of estimating from FLOPs and bytes; slower, better balanced, and not the same cut every time.
     """
     denoiser = denoiser_of(pipe)
+    _refuse_parallelized(denoiser)
     refuse_compiled(denoiser)
     refuse_offloading(pipe, denoiser)
     device = device_of(denoiser)
@@ -119,7 +120,7 @@ def plan(
     settings = Settings(placement.num_stages, stride, warmup_steps, time_shift, forecast)
     check_partition(partition, settings, denoiser)
     call = dict(example) if example is not None else {"prompt": ""}
-    args, kwargs = capture_call(denoiser, lambda: pipe(**call))
+    args, kwargs = capture_call(pipe, denoiser, call)
     inputs = flatten_inputs(type(denoiser).forward, args, kwargs)
     skeleton = dump_skeleton(denoiser, allow_main=True)
     recording = record_call(denoiser, skeleton, inputs, device, weights_at_hand=True)
@@ -141,19 +142,29 @@ def plan(
     )
 
 
+def _refuse_parallelized(denoiser: nn.Module) -> None:
+    if isinstance(vars(denoiser).get("forward"), DenoiserEntry):
+        raise ConfigurationError(
+            "This pipeline's denoiser is already parallelized; pipelines that share it are served too. Call "
+            "handle.remove() first to divide it in another way."
+        )
+
+
 def _devices_of(
     plan: Plan, devices: int | Sequence[str] | None, num_stages: int | None
 ) -> int | Sequence[str] | None:
     """The plan's own devices unless others are given; one of them runs all stages in turn."""
     if num_stages not in (None, plan.num_stages):
-        raise ConfigurationError(f"num_stages={num_stages} was given with a plan of {plan.num_stages} stages.")
+        raise ConfigurationError(
+            f"num_stages={num_stages} was given with a plan of {plan.num_stages} stages."
+        )
     if devices is not None:
         return devices
     return plan.devices if len(plan.devices) == plan.num_workers else None
 
 
 def _start(
-    placement: Placement, settings: Settings, threads: int | None
+    placement: Placement, threads: int | None, denoiser_module: str
 ) -> tuple[LocalExecutor | RemoteExecutor, tuple[WorkerInfo, ...], tuple[str, ...]]:
     """The executor, its workers, and the device of every rank."""
     if placement.runtime == "local":
@@ -169,7 +180,7 @@ def _start(
         workers = SpawnedWorkers([threads] * (len(devices) - 1))
     counts: list[int | None] = [threads if torch.device(name).type == "cpu" else None for name in devices]
     try:
-        executor = RemoteExecutor(workers, devices, counts, host=host)
+        executor = RemoteExecutor(workers, devices, counts, host=host, preload=(denoiser_module,))
     except BaseException:
         workers.close()
         raise
@@ -178,4 +189,3 @@ def _start(
         for rank, connection in sorted(workers.connections.items())
     )
     return executor, infos, tuple(devices)
-

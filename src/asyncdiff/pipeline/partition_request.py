@@ -25,19 +25,22 @@ def check_partition(partition: PartitionRequest, settings: Settings, denoiser: n
         return
     if isinstance(partition, str) or not _is_lists_of_names(partition):
         raise ConfigurationError(
-            f"partition must be 'chain', 'nested' or one list of module names per stage, but {partition!r} was given."
+            f"partition must be 'chain', 'nested' or one list of module names per stage, but {partition!r} "
+            "was given."
         )
     if len(partition) != settings.num_stages:
         raise ConfigurationError(
-            f"The partition lists {len(partition)} stages, but num_stages={settings.num_stages}. List as many, or "
-            f"pass {len(partition) + settings.stride - 1} devices."
+            f"The partition lists {len(partition)} stages, but num_stages={settings.num_stages}. List as "
+            f"many, or pass {len(partition) + settings.stride - 1} devices."
         )
     _check_names(partition, [path for path, _ in denoiser.named_modules() if path])
 
 
 def _is_lists_of_names(partition: object) -> bool:
     return isinstance(partition, Sequence) and all(
-        isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
+        isinstance(names, Sequence)
+        and not isinstance(names, str)
+        and all(isinstance(name, str) for name in names)
         for names in partition
     )
 
@@ -62,6 +65,6 @@ def _refuse_overlap(name: str, stage: int, seen: dict[str, int]) -> None:
     for other, owner in seen.items():
         if name == other or name.startswith(f"{other}.") or other.startswith(f"{name}."):
             raise ConfigurationError(
-                f"The partition repeats {name!r} (of stage {stage}): stage {owner} lists {other!r}. Every block must "
-                f"be on exactly one stage."
+                f"The partition repeats {name!r} (of stage {stage}): stage {owner} lists {other!r}. Every "
+                "block must be on exactly one stage."
             )

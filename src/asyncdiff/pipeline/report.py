@@ -33,8 +33,8 @@ class DeviceRound:
 
 @dataclass(frozen=True)
 class StepReport:
-    """`seconds`: how long the driver's denoiser calls of this step took. `devices`: per rank, the round that began
-    at this step (zeros where none did)."""
+    """`seconds`: how long the driver's denoiser calls of this step took. `devices`: per rank, the round that
+    began at this step (zeros where none did)."""
 
     step: int
     seconds: float
@@ -48,8 +48,9 @@ class StepReport:
 @dataclass(frozen=True)
 class RunReport:
     """The last run. `denoise_s`: from the first denoiser call to the end of the last one. `weight_bytes`,
-    `resident_bytes`, `cpu_s`: per rank, now (the local executor holds everything in one process). `devices`: one per
-    rank, or the single one of the local executor. A run that was broken off has the steps it came to."""
+    `resident_bytes`, `cpu_s`: per rank, now (the local executor holds everything in one process). `devices`:
+    one per rank, or the single one of the local executor. A run that was broken off has the steps it came
+    to."""
 
     steps: tuple[StepReport, ...]
     denoise_s: float

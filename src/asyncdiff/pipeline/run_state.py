@@ -40,8 +40,8 @@ class ChannelState:
     def run_in_order(self, step: int) -> None:
         """Lengthen warm-up up to and including `step`, which no round has been started for.
 
-        The states of the steps before it stay good: those of the last warm-up step have been sent to every worker
-        that reads them a round later.
+        The states of the steps before it stay good: those of the last warm-up step have been sent to every
+        worker that reads them a round later.
         """
         schedule = self.schedule
         self.settings = replace(self.settings, warmup_steps=step + 1 - schedule.first_step)
@@ -95,7 +95,9 @@ class Conditions:
             scale = self._scale(evaluated)
             if condition_step == self._call.position.step and scale == 1.0:
                 continue
-            timestep = arguments[condition_step] if condition_step in arguments else self._ahead(condition_step)
+            timestep = (
+                arguments[condition_step] if condition_step in arguments else self._ahead(condition_step)
+            )
             if timestep is None:
                 return None
             found[condition_step] = Condition(timestep, scale)
@@ -105,15 +107,17 @@ class Conditions:
         self._refuse_unknown_inputs()
         timesteps = timesteps_of(self._call.scheduler)
         assert timesteps is not None
-        return self._call.timesteps.map.argument_for(timesteps[self._index(step)], like=timestep_argument(self._inputs))
+        return self._call.timesteps.map.argument_for(
+            timesteps[self._index(step)], like=timestep_argument(self._inputs)
+        )
 
     def _refuse_unknown_inputs(self) -> None:
         others = other_step_names(self._inputs.names)
         if others or timestep_argument(self._inputs) is None:
             what = f"also varies {', '.join(others)} by step" if others else "takes no timestep that is known"
             raise ConfigurationError(
-                f"stride={self._settings.stride} needs the denoiser's inputs of later steps, but this denoiser "
-                f"{what}. Use stride=1."
+                f"stride={self._settings.stride} needs the denoiser's inputs of later steps, but this "
+                f"denoiser {what}. Use stride=1."
             )
 
     def _scale(self, step: int) -> float:
@@ -124,8 +128,9 @@ class Conditions:
         own, other = (input_scale(scheduler, self._index(index)) for index in (position.step, step))
         if own is None or other is None:
             raise ConfigurationError(
-                f"stride={self._settings.stride} needs to know how {type(scheduler).__name__} scales the denoiser's "
-                f"input at later steps, which it does not tell. Use stride=1 or another noise scheduler."
+                f"stride={self._settings.stride} needs to know how {type(scheduler).__name__} scales the "
+                "denoiser's input at later steps, which it does not tell. Use stride=1 or another noise "
+                "scheduler."
             )
         return other / own
 
@@ -137,14 +142,15 @@ class Conditions:
 def refuse_scaled_conditions(
     conditions: Mapping[int, Condition], inputs: Inputs, analysis: Analysis, stride: int
 ) -> None:
-    """Where the latents carry more than what the noise scheduler scales (inpainting), a factor would be wrong."""
+    """Where the latents hold more than what the noise scheduler scales (inpainting), a factor is wrong."""
     if all(condition.latents_scale == 1.0 for condition in conditions.values()):
         return
     latents, prediction = inputs.tensors()[inputs.latents].shape, analysis.wiring.outputs[0].shape
     if len(latents) > 1 and len(prediction) > 1 and latents[1] != prediction[1]:
         raise ConfigurationError(
-            f"stride={stride} with this noise scheduler needs the latents rescaled, but the denoiser's input has "
-            f"{latents[1]} channels, of which only {prediction[1]} are latents. Use stride=1 or DDIMScheduler."
+            f"stride={stride} with this noise scheduler needs the latents rescaled, but the denoiser's input "
+            f"has {latents[1]} channels, of which only {prediction[1]} are latents. Use stride=1 or "
+            "DDIMScheduler."
         )
 
 

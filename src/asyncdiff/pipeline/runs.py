@@ -1,7 +1,8 @@
 """Which run a denoiser call belongs to, over all noise schedulers that have ever driven the denoiser.
 
-Each noise scheduler has a tracker, because runs of several may alternate (two pipelines that share a denoiser, two
-threads). They are held weakly: a server that makes one per request keeps none of them alive here.
+Each noise scheduler has a tracker, because runs of several may alternate (two pipelines that share a
+denoiser, two threads). They are held weakly: a server that makes one per request keeps none of them alive
+here.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from asyncdiff.tracking import Position, Tracker
 
 @dataclass(frozen=True)
 class PlacedCall:
-    """Where a call stands. `run`: its number among all runs of this denoiser; `is_new_run`: nothing of it was seen
-    before; `timesteps`: what is known of how its noise scheduler's timesteps become the denoiser's."""
+    """Where a call stands. `run`: its number among all runs of this denoiser; `is_new_run`: nothing of it was
+    seen before; `timesteps`: what is known of how its noise scheduler's timesteps become the denoiser's."""
 
     position: Position
     run: int
@@ -56,8 +57,8 @@ class Runs:
         self._driver_of(scheduler, run_is_open=False)
 
     def place(self, pipe: Any, context: str | None, argument: Any) -> PlacedCall:
-        """Where the call that `pipe` is making stands. `context`: diffusers' cache-context name; `argument`: the
-        denoiser's timestep. A call that cannot be placed is a run of its own."""
+        """Where the call that `pipe` is making stands. `context`: diffusers' cache-context name; `argument`:
+        the denoiser's timestep. A call that cannot be placed is a run of its own."""
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None:
             return self._unplaced(_nowhere("the pipeline has no noise scheduler"), None, self._memory(None))
@@ -103,12 +104,14 @@ class Runs:
         return PlacedCall(position, run, True, scheduler, timesteps)
 
     def _begin(self, run: int, *owners: Any) -> None:
-        """Note an open run of a pipeline and a noise scheduler, either of which has one open run at most; none for a
-        call that could not be placed, which is over by now. Runs whose noise scheduler is gone are over too."""
+        """Note an open run of a pipeline and a noise scheduler, either of which has one open run at most;
+        none for a call that could not be placed, which is over by now. Runs whose noise scheduler is gone are
+        over too."""
         over = [
             number
             for number, references in self._open.items()
-            if any((owner := reference()) is None or owner in owners for reference in references) or not references
+            if any((owner := reference()) is None or owner in owners for reference in references)
+            or not references
         ]
         for number in over:
             del self._open[number]

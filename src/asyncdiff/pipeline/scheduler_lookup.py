@@ -1,4 +1,4 @@
-"""Which noise scheduler drives a denoiser call: the one of the pipeline that is calling, looked up at every call."""
+"""Which noise scheduler drives a denoiser call: that of the calling pipeline, looked up at every call."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _MAX_FRAMES = 40
 def calling_pipeline(denoiser: nn.Module) -> Any | None:
     """The nearest caller up the stack that is an object with this denoiser and a noise scheduler.
 
-    Several pipelines may share one denoiser (`from_pipe`, `**pipe.components`), each with a noise scheduler of its
-    own, and users replace `pipe.scheduler`: the calling frame is where the truth is.
+    Several pipelines may share one denoiser (`from_pipe`, `**pipe.components`), each with a noise scheduler
+    of its own, and users replace `pipe.scheduler`: the calling frame is where the truth is.
     """
     frame = sys._getframe(1)
     for _ in range(_MAX_FRAMES):

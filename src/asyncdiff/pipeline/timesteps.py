@@ -154,8 +154,8 @@ class TimestepMap:
 class TimestepMemory:
     """What the runs of one noise scheduler have taught about the timestep argument.
 
-    Kept from run to run: an argument that fits several forms (0 is 0 in all of them) costs a step in order the first
-    time only. A pipeline that computes it in another way than the last one did starts over.
+    Kept from run to run: an argument that fits several forms (0 is 0 in all of them) costs a step in order
+    the first time only. A pipeline that computes it in another way than the last one did starts over.
     """
 
     def __init__(self, num_train_timesteps: int = 1000, scales: Sequence[float] = ()) -> None:

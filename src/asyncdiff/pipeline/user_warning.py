@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
 _LIBRARIES = ("asyncdiff", "torch", "diffusers", "contextlib", "tqdm")
 
@@ -19,9 +20,10 @@ def warn_user(message: str) -> None:
 
 def _depth_of_user() -> int:
     """How many frames above the caller of this function the user's is; 1 where there is none."""
-    depth, frame = 0, sys._getframe(1)
+    depth = 0
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
             return depth
-        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+        frame, depth = frame.f_back, depth + 1
     return 1

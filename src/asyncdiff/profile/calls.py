@@ -26,10 +26,11 @@ def time_calls(
     runs: int = 3,
     threads: int | None = None,
 ) -> dict[BlockKey, float]:
-    """Median seconds of each named call over `runs` forwards, after one untimed. The module holds all its weights.
+    """Median seconds of each named call over `runs` forwards, after one untimed. The module holds all its
+    weights.
 
-    `threads`: intra-op threads during the measurement, as a worker will have. On CUDA every call is synchronised,
-    which adds launch latency to small ones.
+    `threads`: intra-op threads during the measurement, as a worker will have. On CUDA every call is
+    synchronised, which adds launch latency to small ones.
     """
     seconds: dict[BlockKey, list[float]] = {key: [] for key in keys}
     paths = {key.path for key in keys}
@@ -37,7 +38,10 @@ def time_calls(
     torch.set_num_threads(threads or before)
     try:
         with ExitStack() as timers, torch.no_grad():
-            timed = [timers.enter_context(_timed(module.get_submodule(path), path, device)) for path in sorted(paths)]
+            timed = [
+                timers.enter_context(_timed(module.get_submodule(path), path, device))
+                for path in sorted(paths)
+            ]
             for run in range(_UNTIMED_RUNS + runs):
                 for timer in timed:
                     timer.seconds.clear()

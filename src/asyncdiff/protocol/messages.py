@@ -15,7 +15,7 @@ from asyncdiff.schedule.ops import Op
 
 @dataclass(frozen=True)
 class WorkerHello:
-    """Worker -> driver, first message: who connected. `device`: where it has been placed, if it already has."""
+    """Worker -> driver, first message: who connected. `device`: where it has been placed, if it has."""
 
     rank: int
     pid: int
@@ -47,7 +47,7 @@ class Farewell:
 class OpenSession:
     """Hold one stage of a denoiser on `device` with `threads` intra-op threads (None: torch's default).
 
-    `store`: host and port of the store to meet at.
+    `store`: host and port of the store to meet at. `preload`: modules to import in the meantime.
     """
 
     session: int
@@ -55,6 +55,7 @@ class OpenSession:
     device: str
     threads: int | None
     store: tuple[str, int]
+    preload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class PrepareStage:
 
 @dataclass(frozen=True)
 class InlineInput:
-    """A small input, in the message itself: its elements in row-major order (pickling a tensor takes 0.2 ms)."""
+    """A small input in the message: its elements in row-major order (pickled tensors take 0.2 ms)."""
 
     name: str
     spec: Any
@@ -143,8 +144,8 @@ class RoundMessage:
     """Run this rank's operations of one round.
 
     `key`: the input structure. `history_depth`: how many versions of a foreign value later rounds may read.
-    `conditions`: by condition step, where it differs from the call's own. `ended_runs`: runs whose states may be
-    forgotten.
+    `conditions`: by condition step, where it differs from the call's own. `ended_runs`: runs whose states may
+    be forgotten.
     """
 
     session: int
@@ -166,7 +167,8 @@ class RoundMessage:
 class AbortRun:
     """Compute nothing more for this run; fill what its rounds still owe other ranks, so that nobody waits.
 
-    `transport_is_lost`: another worker is gone, so give up waiting for tensors until a new transport is joined.
+    `transport_is_lost`: another worker is gone, so give up waiting for tensors until a new transport is
+    joined.
     """
 
     session: int
@@ -228,7 +230,9 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """Answer to `Collect`. `weight_bytes`: what the stage's tensors hold; `resident_bytes`: the process's RSS."""
+    """Answer to `Collect`. `weight_bytes`: what the stage's tensors hold; `resident_bytes`: the process's
+    RSS.
+    """
 
     rounds: tuple[RoundRecord, ...]
     weight_bytes: int

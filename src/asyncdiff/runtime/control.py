@@ -1,8 +1,8 @@
 """Control connections: one authenticated socket per worker, apart from the tensors.
 
-Messages are pickled dataclasses (`asyncdiff.protocol`). The driver reads each connection in a thread, so a dead or
-failing worker is noticed while the main thread waits for tensors; the worker answers pings from a thread, so a
-stopped one is told from a busy one.
+Messages are pickled dataclasses (`asyncdiff.protocol`). The driver reads each connection in a thread, so a
+dead or failing worker is noticed while the main thread waits for tensors; the worker answers pings from a
+thread, so a stopped one is told from a busy one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -59,8 +60,8 @@ def receive_message(connection: Connection) -> Any:
 def socket_of(connection: Connection) -> socket.socket:
     """The connection's socket (a duplicate descriptor), with the options a control connection needs.
 
-    Keep-alive notices that another machine has vanished. A send that blocks this long fails: the peer reads in a
-    thread that does nothing else, so a full buffer means that it is stopped.
+    Keep-alive notices that another machine has vanished. A send that blocks this long fails: the peer reads
+    in a thread that does nothing else, so a full buffer means that it is stopped.
     """
     duplicate = socket.socket(fileno=os.dup(connection.fileno()))
     duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -78,9 +79,9 @@ def socket_of(connection: Connection) -> socket.socket:
 class _SessionState:
     """The driver's view of one session on one worker.
 
-    Requests are answered in order, so the n-th answer belongs to the n-th request: an answer that nobody waited
-    for (Ctrl-C, a failure elsewhere) is told from the one that is wanted. `runs`: those that are going on.
-    `stage`: the one it holds.
+    Requests are answered in order, so the n-th answer belongs to the n-th request: an answer that nobody
+    waited for (Ctrl-C, a failure elsewhere) is told from the one that is wanted. `runs`: those that are going
+    on. `stage`: the one it holds.
     """
 
     answers: queue.SimpleQueue[tuple[int, Reply | Failure]] = field(default_factory=queue.SimpleQueue)
@@ -114,7 +115,7 @@ class WorkerConnection:
         """Whether the worker's end has closed."""
         return self._gone.is_set()
 
-    # -- messages ----------------------------------------------------------------------------------------------
+    # -- messages --
 
     def send(self, message: object) -> None:
         """Send a message, whole even if Ctrl-C comes; `WorkerError` if the worker is gone."""
@@ -156,7 +157,7 @@ class WorkerConnection:
                     raise self.failure_error(answer)
                 return answer.payload
 
-    # -- runs --------------------------------------------------------------------------------------------------
+    # -- runs --
 
     def begin_run(self, session: int, run: int) -> None:
         """From now on a failure in this run is ours to raise."""
@@ -177,10 +178,12 @@ class WorkerConnection:
         """What failed in a run that is going on."""
         return self._sessions[session].failure
 
-    # -- is it alive? ------------------------------------------------------------------------------------------
+    # -- is it alive? --
 
     def check(self, session: int, *, waited_s: float, doing: Doing) -> None:
-        """Raise `WorkerError` if a run that is going on failed, or the worker is gone or does not answer pings."""
+        """Raise `WorkerError` if a run that is going on failed, or the worker is gone or does not answer
+        pings.
+        """
         failure = self.failure(session)
         if failure is not None:
             raise self.failure_error(failure)
@@ -192,16 +195,20 @@ class WorkerConnection:
         if self._ping.is_answered and unheard_s > PING_AFTER_S:
             self.ping()
         elif not self._ping.is_answered and unheard_s > STALLED_AFTER_S:
-            time.sleep(_CHECK_INTERVAL_S)  # if it was the driver that was stopped, the answer is there, unread
+            time.sleep(
+                _CHECK_INTERVAL_S
+            )  # if it was the driver that was stopped, the answer is there, unread
             if not self._ping.is_answered:
                 raise self.lost(session, doing)
 
     def ping(self) -> None:
         """Ask for a sign of life, which also tells the worker's clock."""
-        self._ping = _PingState(self._ping.number + 1, time.monotonic(), time.perf_counter(), is_answered=False)
+        self._ping = _PingState(
+            self._ping.number + 1, time.monotonic(), time.perf_counter(), is_answered=False
+        )
         self.send(Ping(self._ping.number))
 
-    # -- errors ------------------------------------------------------------------------------------------------
+    # -- errors --
 
     def failure_error(self, failure: Failure) -> WorkerError:
         """The error to raise for a failure that the worker reported."""
@@ -227,15 +234,15 @@ class WorkerConnection:
         if not self.is_gone:
             what = f"is stopped or hangs: it has not answered for {STALLED_AFTER_S:.0f} s"
         return WorkerLostError(
-            f"Worker rank {self.rank} (process {self.pid} on {self.host}{of_stage}) {what}{at_step}, while the driver "
-            f"was {doing.operation}. {_WAY_OUT}",
+            f"Worker rank {self.rank} (process {self.pid} on {self.host}{of_stage}) {what}{at_step}, while "
+            f"the driver was {doing.operation}. {_WAY_OUT}",
             rank=self.rank,
             stage=stage,
             step=doing.step,
             operation=doing.operation,
         )
 
-    # -- the end -----------------------------------------------------------------------------------------------
+    # -- the end --
 
     def farewell(self) -> None:
         """Tell the worker to end, and close."""
@@ -248,14 +255,14 @@ class WorkerConnection:
         self.close()
 
     def close(self) -> None:
-        """Wakes the reading thread, which then closes: a descriptor closed under a blocked read may be reused."""
+        """Wakes the reading thread, which then closes: a descriptor closed under a blocked read may be
+        reused.
+        """
         self._gone.set()
-        try:
+        with suppress(OSError):  # the other end was faster
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end was faster
 
-    # -- the reading thread ------------------------------------------------------------------------------------
+    # -- the reading thread --
 
     def _read(self) -> None:
         try:

@@ -63,8 +63,8 @@ class Executor(Protocol):
         rank_stages: tuple[int, ...],
         held: Mapping[int, Collection[str]],
     ) -> None:
-        """Build the stages from the live module. Rank r runs stage `rank_stages[r]`; `held`: stage -> names of
-        the tensors it must hold."""
+        """Build the stages from the live module. Rank r runs stage `rank_stages[r]`; `held`: stage -> names
+        of the tensors it must hold."""
 
     def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
         """Install the stubs for an input structure. `specs`: stage -> its spec."""
@@ -86,11 +86,11 @@ class Executor(Protocol):
 
 
 def refuse_aborted(run: int, aborted: Collection[int]) -> None:
-    """`ParallelizedError` for a run whose states are gone, because an error or Ctrl-C ended one of its steps."""
+    """`ParallelizedError` for a run whose states are gone: an error or Ctrl-C ended one of its steps."""
     if run in aborted:
         raise ParallelizedError(
-            "An earlier step of this run was ended by an error or an interrupt, so the run cannot go on. Call the "
-            "pipeline again."
+            "An earlier step of this run was ended by an error or an interrupt, so the run cannot go on. "
+            "Call the pipeline again."
         )
 
 

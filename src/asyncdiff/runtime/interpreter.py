@@ -26,8 +26,9 @@ from asyncdiff.weights.ownership import empty_tensor
 class RoundTask:
     """One rank's part of a round, with the denoiser inputs of the round's first step.
 
-    `tensors`: the inputs this rank's stage reads. `conditions`: by condition step, what replaces the call's own
-    timestep and scale of the latents. `history_depth`: how many versions of a foreign value later rounds may read.
+    `tensors`: the inputs this rank's stage reads. `conditions`: by condition step, what replaces the call's
+    own timestep and scale of the latents. `history_depth`: how many versions of a foreign value later rounds
+    may read.
     """
 
     run: int
@@ -74,7 +75,7 @@ class StageInterpreter:
         self._wirings[key] = wiring
 
     def run_round(self, task: RoundTask) -> None:
-        """Carry out the rank's operations. After an exception `settle` must be called before the next round."""
+        """Carry out the rank's operations. After an exception `settle` must come before the next round."""
         self.post(task)
         self.compute(task)
 
@@ -88,7 +89,9 @@ class StageInterpreter:
             if isinstance(op, Recv):
                 states.expect(op.value, self._receive_state(task, wiring, op))
             elif isinstance(op, Predict) and op.from_rank != self.rank:
-                self._predictions[task.run, task.channel, op.step] = self._receive_prediction(task, wiring, op)
+                self._predictions[task.run, task.channel, op.step] = self._receive_prediction(
+                    task, wiring, op
+                )
 
     def compute(self, task: RoundTask) -> None:
         """The forwards of a posted round."""
@@ -106,10 +109,10 @@ class StageInterpreter:
         self.settle()
 
     def settle(self, lost_ranks: Collection[int] = ()) -> None:
-        """Send fillers for whatever the last round still owes its peers, so that every transfer has its match.
+        """Send fillers for whatever the last round still owes its peers: every transfer needs its match.
 
-        Nothing is sent to `lost_ranks`. A transfer that fails is owed to a worker that died: the driver tells the
-        others, which then join a new transport.
+        Nothing is sent to `lost_ranks`. A transfer that fails is owed to a worker that died: the driver tells
+        the others, which then join a new transport.
         """
         debts, self._debts = self._debts, {}
         for (rank, parcel), spec in debts.items():
@@ -131,7 +134,7 @@ class StageInterpreter:
         """What was recorded of a run (None: of all that have not been ended)."""
         return tuple(record for record in self._records if run is None or record.run == run)
 
-    # -- transfers ---------------------------------------------------------------------------------------------
+    # -- transfers --
 
     def _owed(self, task: RoundTask, wiring: Wiring) -> Iterator[tuple[tuple[int, Parcel], TensorSpec]]:
         """Every tensor this rank has to send in the round, in order."""
@@ -162,7 +165,7 @@ class StageInterpreter:
             for leaf, spec in enumerate(wiring.outputs)
         ]
 
-    # -- one forward of the stage ------------------------------------------------------------------------------
+    # -- one forward of the stage --
 
     def _forward(
         self, task: RoundTask, wiring: Wiring, states: States, computes: dict[int, Compute], clock: _Clock
@@ -286,7 +289,11 @@ def _recipients(ops: tuple[Op, ...], computes: dict[int, Compute]) -> dict[int, 
     """Who is sent what these computes produce: by segment, (value, rank) pairs."""
     found: dict[int, list[tuple[Value, int]]] = {}
     for op in ops:
-        if isinstance(op, Send) and op.value.segment in computes and computes[op.value.segment].value == op.value:
+        if (
+            isinstance(op, Send)
+            and op.value.segment in computes
+            and computes[op.value.segment].value == op.value
+        ):
             found.setdefault(op.value.segment, []).append((op.value, op.to_rank))
     return found
 
@@ -317,5 +324,3 @@ def _state_parcel(task: RoundTask, value: Value, atom: Atom, to_rank: int) -> Pa
 
 def _prediction_parcel(task: RoundTask, step: int, leaf: int) -> Parcel:
     return Parcel(Stream.PREDICTION, (task.run, task.channel, step, leaf))
-
-

@@ -1,7 +1,8 @@
 """Ctrl-C between the steps of a handshake, never within one.
 
-A control message that is written by half, or a tensor that is sent but still counted as owed, cannot be repaired
-afterwards. So the few places where that could happen hold Ctrl-C back for their duration; waits and forwards do not.
+A control message that is written by half, or a tensor that is sent but still counted as owed, cannot be
+repaired afterwards. So the few places where that could happen hold Ctrl-C back for their duration; waits and
+forwards do not.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 class interrupts_deferred:  # noqa: N801 (used like a function: `with interrupts_deferred():`)
     """Hold back Ctrl-C until the block is done; a second one comes through at once.
 
-    Does nothing in other threads than the main one (Python never interrupts them), where Ctrl-C is ignored, and
-    within another such block.
+    Does nothing in other threads than the main one (Python never interrupts them), where Ctrl-C is ignored,
+    and within another such block.
     """
 
     def __enter__(self) -> None:

@@ -67,7 +67,8 @@ class LocalExecutor:
         try:
             for rank in range(len(self._rank_stages)):
                 self.start(rank)
-            assert not self._sent and not self._expected, "a transfer of the round had no match"
+            unmatched = [*self._sent, *self._expected]
+            assert not unmatched, "a transfer of the round had no match"
         except BaseException:
             self._aborted.add(call.run)
             raise

@@ -71,7 +71,8 @@ class Workers(Protocol):
 class RemoteExecutor:
     """Drives workers 1 to D-1 and is rank 0 itself. `devices[r]`, `threads[r]`: of rank r.
 
-    `host`: the address under which other machines' workers reach the store of this process.
+    `host`: the address under which other machines' workers reach the store here. `preload`: modules
+    that the denoiser will need, which workers import until it comes (diffusers takes seconds).
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class RemoteExecutor:
         threads: list[int | None],
         *,
         host: str = "127.0.0.1",
+        preload: tuple[str, ...] = (),
     ) -> None:
         self._workers = workers
         self._rank_stages: tuple[int, ...] = ()
@@ -108,14 +110,14 @@ class RemoteExecutor:
         self._broken: Exception | None = None
         self._closed = False
         try:
-            self._open(threads, host)
+            self._open(threads, host, preload)
         except BaseException:
             self.close()
             raise
 
-    # -- setting up --------------------------------------------------------------------------------------------
+    # -- setting up --
 
-    def _open(self, threads: list[int | None], host: str) -> None:
+    def _open(self, threads: list[int | None], host: str, preload: tuple[str, ...]) -> None:
         numbers = {}
         for rank, connection in self._connections():
             connection.open_session(self._session)
@@ -125,6 +127,7 @@ class RemoteExecutor:
                 device=self._devices[rank],
                 threads=threads[rank],
                 store=(host, self._store.port),
+                preload=preload,
             )
             numbers[rank] = connection.request(self._session, opening)
         self._await_replies(numbers, "waiting for it to open its device")
@@ -163,7 +166,8 @@ class RemoteExecutor:
     ) -> None:
         """Ship each stage its own tensors from the live module, then free in this process what is not ours.
 
-        Not interruptible, and if it fails the weights stay or are fetched back by `restore`, but nothing runs.
+        Not interruptible, and if it fails the weights stay or are fetched back by `restore`, but nothing
+        runs.
         """
         try:
             with interrupts_deferred():
@@ -193,7 +197,9 @@ class RemoteExecutor:
         self._replica_module = load_skeleton(skeleton, own, self._device)
         self._replica = StageReplica(self._replica_module, device=self._device)
         assert self._transport is not None
-        self._interpreter = StageInterpreter(0, self._rank_stages, self._replica, self._transport, self._device)
+        self._interpreter = StageInterpreter(
+            0, self._rank_stages, self._replica, self._transport, self._device
+        )
 
     def _ship(self, module: nn.Module, held: Mapping[int, Collection[str]]) -> None:
         tensors = dict(named_tensors(module))
@@ -207,14 +213,17 @@ class RemoteExecutor:
             numbers[rank] = connection.request(self._session, ReceiveWeights(self._session, specs))
             for name in names:
                 self._checksums.setdefault(name, checksum([tensors[name]]))
-                self._transport.send(rank, Parcel(Stream.WEIGHTS, name), tensors[name], tensor_spec(tensors[name]))
+                self._transport.send(
+                    rank, Parcel(Stream.WEIGHTS, name), tensors[name], tensor_spec(tensors[name])
+                )
             self._held[rank] = self._held.get(rank, set()) | wanted
         self._await_replies(numbers, "shipping its weights")
 
     def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
         self._refuse_if_broken()
         replica, interpreter = self._replica, self._interpreter
-        assert replica is not None and interpreter is not None
+        assert replica is not None
+        assert interpreter is not None
         numbers = self._request(
             {
                 rank: PrepareStage(self._session, key, specs[self._rank_stages[rank]], wiring)
@@ -226,7 +235,7 @@ class RemoteExecutor:
         self._needed[key] = {stage: tuple(spec.needed_inputs) for stage, spec in specs.items()}
         self._await_replies(numbers, "waiting for it to prepare its stage")
 
-    # -- rounds ------------------------------------------------------------------------------------------------
+    # -- rounds --
 
     def run_round(self, call: RoundCall) -> None:
         step = call.round.first_step
@@ -295,7 +304,8 @@ class RemoteExecutor:
         assert self._transport is not None
         for item in items:
             if isinstance(item, TransferredInput):
-                # A copy: the noise scheduler or a callback may write into its tensor before a slow reader has it.
+                # A copy: the noise scheduler or a callback may write into its tensor before a slow reader has
+                # it.
                 tensor = call.tensors[item.name].clone()
                 self._transport.send(rank, Parcel(Stream.INPUT, item.name), tensor, item.spec)
 
@@ -307,17 +317,19 @@ class RemoteExecutor:
             version = -1 if tensor.is_inference() else tensor._version
             if version >= 0 and name in last and last[name][0] is tensor and last[name][1] == version:
                 yield KeptInput(name)
-            elif tensor.device.type == "cpu" and (tensor.nbytes <= _INLINE_BYTES or self._device.type != "cpu"):
+            elif tensor.device.type == "cpu" and (
+                tensor.nbytes <= _INLINE_BYTES or self._device.type != "cpu"
+            ):
                 yield InlineInput(name, tensor_spec(tensor), bytes_of(tensor))
             else:
                 yield TransferredInput(name, tensor_spec(tensor))
             last[name] = (tensor, version)
 
-    # -- what goes wrong ---------------------------------------------------------------------------------------
+    # -- what goes wrong --
 
     @contextmanager
     def _failing(self, run: int) -> Iterator[None]:
-        """Whatever interrupts a round (a worker's failure, Ctrl-C), leave every rank ready for the next run."""
+        """Whatever interrupts a round (a failure, Ctrl-C), leave every rank ready for the next run."""
         try:
             yield
         except BaseException as error:
@@ -344,7 +356,8 @@ class RemoteExecutor:
         assert self._interpreter is not None
         step, operation = self._interpreter.where
         return WorkerError(
-            f"The driver (rank 0, stage 0) failed at step {step} in {operation}: {type(error).__name__}: {error}",
+            f"The driver (rank 0, stage 0) failed at step {step} in {operation}: "
+            f"{type(error).__name__}: {error}",
             rank=0,
             stage=0,
             step=step,
@@ -390,8 +403,8 @@ class RemoteExecutor:
         """A worker that died while nothing was asked of it is named first; after that, the way out is."""
         if self._broken is not None:
             raise ParallelizedError(
-                f"This denoiser cannot run any more. Call handle.remove(), then parallelize again. What happened: "
-                f"{self._broken}"
+                f"This denoiser cannot run any more. Call handle.remove(), then parallelize again. What "
+                f"happened: {self._broken}"
             ) from self._broken
         for _, connection in self._connections():
             if connection.is_gone:
@@ -399,20 +412,26 @@ class RemoteExecutor:
                 self._note_loss(error)
                 raise error
 
-    # -- ending ------------------------------------------------------------------------------------------------
+    # -- ending --
 
     def reports(self, run: int | None) -> list[WorkerReport]:
         self._refuse_if_broken()
-        assert self._interpreter is not None and self._replica_module is not None
+        assert self._interpreter is not None
+        assert self._replica_module is not None
         numbers = self._request({rank: Collect(self._session, run) for rank, _ in self._connections()})
         own = process_report(self._interpreter.take_records(run), resident_bytes(self._replica_module))
         answers = self._await_replies(numbers, "waiting for its report")
         if self._workers.is_local:  # one clock for all processes of a host
             return [own, *answers.values()]
-        return [own, *(_at_our_clock(report, self._workers.connections[rank]) for rank, report in answers.items())]
+        return [
+            own,
+            *(_at_our_clock(report, self._workers.connections[rank]) for rank, report in answers.items()),
+        ]
 
     def restore(self, module: nn.Module) -> list[str]:
-        """Fetch freed tensors from the workers that live, else from the file; the names of those that are lost."""
+        """Fetch freed tensors from the workers that live, else from the file; the names of those that are
+        lost.
+        """
         if not self._held.get(0):
             return []  # nothing has left this process yet
         missing = {name for name, _ in named_tensors(module) if name not in self._held[0]}
@@ -425,7 +444,7 @@ class RemoteExecutor:
     def _fetch(
         self, rank: int, connection: WorkerConnection, module: nn.Module, names: Collection[str]
     ) -> set[str]:
-        """Receive the named tensors from a worker into the module; nothing from one that is lost on the way."""
+        """Receive the named tensors from a worker into the module; none from one that is lost on the way."""
         try:
             self._regroup()
             if rank in self._lost or not names:
@@ -448,12 +467,12 @@ class RemoteExecutor:
 
     def _regroup(self) -> None:
         """After a loss: give up the lost workers for good, and form a new transport among the others."""
-        for rank, connection in self._connections():
+        for _, connection in self._connections():
             if connection.is_gone:
                 self._note_loss(connection.lost(self._session, Doing("fetching its weights")))
         if self._lost.keys().isdisjoint(self._members):
             return
-        for rank, error in self._lost.items():
+        for rank in self._lost:
             if rank in self._members and not self._workers.connections[rank].is_gone:
                 self._workers.kill(rank)
                 self._workers.connections[rank].close()
@@ -488,7 +507,7 @@ class RemoteExecutor:
         self._interpreter = self._replica = self._replica_module = self._transport = None
         self._last_inputs.clear()
 
-    # -- talking to all workers --------------------------------------------------------------------------------
+    # -- talking to all workers --
 
     def _connections(self) -> list[tuple[int, WorkerConnection]]:
         connections = self._workers.connections
@@ -516,7 +535,9 @@ def _at_our_clock(report: WorkerReport, connection: WorkerConnection) -> WorkerR
         rounds=tuple(
             replace(
                 record,
-                spans=tuple((name, kind, start - offset_s, end - offset_s) for name, kind, start, end in record.spans),
+                spans=tuple(
+                    (name, kind, start - offset_s, end - offset_s) for name, kind, start, end in record.spans
+                ),
             )
             for record in report.rounds
         ),

@@ -63,7 +63,7 @@ class WorkerServer:
         session = WorkerSession(message, self._report)
         try:
             session.open()
-        except Exception as error:  # reported to the driver, which raises it
+        except Exception as error:  # noqa: BLE001 (reported to the driver, which raises it)
             self._report(
                 Failure(message.session, f"{type(error).__name__}: {error}", "", f"opening {message.device}")
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import traceback
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +54,7 @@ class WorkerSession:
         self._aborted: set[int] = set()
         self._abort_noted = threading.Condition()
         self._transport_is_lost = False
+        self._preloading = threading.Thread(target=_preload, args=(opening.preload,), daemon=True)
         self._handlers: dict[type, Callable[[Any], Any]] = {
             JoinTransport: self._join,
             InstallSkeleton: self._install,
@@ -68,6 +71,7 @@ class WorkerSession:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         torch.empty(1, device=self._device)
+        self._preloading.start()
 
     def abort_run(self, run: int, *, transport_is_lost: bool) -> None:
         """Called from the control thread: rounds of this run are skipped from now on."""
@@ -83,7 +87,7 @@ class WorkerSession:
             return
         try:
             answer = self._handlers[type(message)](message)
-        except Exception as error:  # reported to the driver, which raises it
+        except Exception as error:  # noqa: BLE001 (reported to the driver, which raises it)
             self._report(self._failure(error, type(message).__name__))
         else:
             self._report(Reply(self._opening.session, answer))
@@ -94,7 +98,7 @@ class WorkerSession:
         self._module = self._interpreter = self._replica = self._transport = None
         self._inputs.clear()
 
-    # -- requests ----------------------------------------------------------------------------------------------
+    # -- requests --
 
     def _join(self, message: JoinTransport) -> None:
         if self._store is None:
@@ -123,6 +127,7 @@ class WorkerSession:
     def _install(self, message: InstallSkeleton) -> None:
         held = dict(named_tensors(self._module)) if self._module is not None else {}
         held = {name: tensor for name, tensor in held.items() if tensor.device.type != "meta"}
+        self._preloading.join()
         skeleton: Skeleton = message.skeleton
         self._module = load_skeleton(skeleton, held, self._device)
         self._replica = StageReplica(self._module, device=self._device)
@@ -132,28 +137,33 @@ class WorkerSession:
         )
 
     def _receive_weights(self, message: ReceiveWeights) -> None:
-        assert self._transport is not None and self._module is not None
+        assert self._transport is not None
+        assert self._module is not None
         pending = [
-            (name, self._transport.receive(0, Parcel(Stream.WEIGHTS, name), spec)) for name, spec in message.tensors
+            (name, self._transport.receive(0, Parcel(Stream.WEIGHTS, name), spec))
+            for name, spec in message.tensors
         ]
         assign_tensors(self._module, {name: leaf.wait() for name, leaf in pending})
 
     def _return_weights(self, message: ReturnWeights) -> None:
-        assert self._transport is not None and self._module is not None
+        assert self._transport is not None
+        assert self._module is not None
         held = dict(named_tensors(self._module))
         for name in message.names:
             self._transport.send(0, Parcel(Stream.WEIGHTS, name), held[name], tensor_spec(held[name]))
 
     def _prepare(self, message: PrepareStage) -> None:
-        assert self._replica is not None and self._interpreter is not None
+        assert self._replica is not None
+        assert self._interpreter is not None
         self._replica.prepare(message.key, message.spec)
         self._interpreter.wire(message.key, message.wiring)
 
     def _collect(self, message: Collect) -> Any:
-        assert self._interpreter is not None and self._module is not None
+        assert self._interpreter is not None
+        assert self._module is not None
         return process_report(self._interpreter.take_records(message.run), resident_bytes(self._module))
 
-    # -- rounds ------------------------------------------------------------------------------------------------
+    # -- rounds --
 
     def _round(self, message: RoundMessage) -> None:
         interpreter = self._interpreter
@@ -167,7 +177,7 @@ class WorkerSession:
             else:
                 with torch.no_grad():
                     interpreter.run_round(task)
-        except Exception as error:  # reported to the driver, which raises it
+        except Exception as error:  # noqa: BLE001 (reported to the driver, which raises it)
             step, operation = interpreter.where
             if message.run not in self._aborted:
                 self._report(self._failure(error, operation, step=step, run=message.run))
@@ -222,3 +232,9 @@ class WorkerSession:
             step=step,
             run=run,
         )
+
+
+def _preload(modules: tuple[str, ...]) -> None:
+    with suppress(ImportError):  # rebuilding the denoiser will say what is missing
+        for name in modules:
+            importlib.import_module(name)

@@ -1,19 +1,23 @@
 """Point-to-point transfers over torch.distributed, in process groups of our own.
 
-Never the default group: a script may have its own, and two handles may live side by side. gloo for CPU tensors and
-wherever NCCL cannot be used (two workers on one GPU), with pinned host memory in between for CUDA tensors; NCCL
-with one group per direction otherwise, so that a send never waits behind a receive.
-Private torch APIs used here: `ProcessGroupGloo._Options` (torch 2.13; see tests/runtime/test_transport.py).
+Never the default group: a script may have its own, and two handles may live side by side. gloo for CPU
+tensors and wherever NCCL cannot be used (two workers on one GPU), with pinned host memory in between for CUDA
+tensors; NCCL with one group per direction otherwise, so that a send never waits behind a receive. Private
+torch APIs used here: `ProcessGroupGloo._Options` (torch 2.13; see tests/runtime/test_transport.py).
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +30,7 @@ from asyncdiff.weights.ownership import dense_spec, empty_tensor, tensor_spec
 # Liveness is watched over the control connections; the transport itself never gives up on a slow peer.
 _NO_TIMEOUT = timedelta(days=365)
 _WATCH_INTERVAL_S = 0.1
+_POLL_INTERVAL_S = 2e-5
 
 Watch = Callable[[], None]
 
@@ -52,15 +57,22 @@ def choose_backend(places: list[tuple[str, str]]) -> str:
 
 
 def open_transport(
-    backend: str, store: dist.Store, rank: int, size: int, device: str, *, local: bool, watch: Watch | None = None
+    backend: str,
+    store: dist.Store,
+    rank: int,
+    size: int,
+    device: str,
+    *,
+    local: bool,
+    watch: Watch | None = None,
 ) -> Transport:
     """Join the transport of a session.
 
-    `local`: all ranks are on this host, so gloo stays on the loopback interface. `watch` is called every 0.1 s
-    while a receive waits and may raise to end the wait.
+    `local`: all ranks are on this host, so gloo stays on the loopback interface. `watch` is called every 0.1
+    s while a receive waits and may raise to end the wait.
     """
     if backend == "nccl":
-        return NcclTransport(store, rank, torch.device(device), watch)
+        return NcclTransport(store, rank, size, torch.device(device), watch)
     return GlooTransport(store, rank, size, torch.device(device), local=local, watch=watch)
 
 
@@ -74,14 +86,19 @@ def as_sendable(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     return dense.as_strided((dense.numel(),), (1,), dense.storage_offset())
 
 
-def receive_buffer(spec: TensorSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def receive_buffer(
+    spec: TensorSpec, device: torch.device, *, pinned: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A tensor of this spec and the flat view of its memory to receive into."""
-    buffer = empty_tensor(dense_spec(spec), device)
-    return buffer, buffer.as_strided((buffer.numel(),), (1,))
+    dense = dense_spec(spec)
+    flat = torch.empty(
+        math.prod(dense.shape), dtype=getattr(torch, dense.dtype), device=device, pin_memory=pinned
+    )
+    return flat.as_strided(dense.shape, dense.stride), flat
 
 
 class _Waited:
-    """What a waiter thread has been told to wait for. A lock is the cheapest thing that wakes another thread."""
+    """What a waiter thread has been told to wait for. Nothing wakes a thread more cheaply than a lock."""
 
     def __init__(self, finish: Callable[[], Any], watch: Watch | None) -> None:
         self._finish: Callable[[], Any] | None = finish
@@ -96,7 +113,7 @@ class _Waited:
         assert self._finish is not None
         try:
             self._result = self._finish()
-        except Exception as error:  # whatever the backend raises belongs to whoever waits
+        except Exception as error:  # noqa: BLE001 (whatever the backend raises belongs to whoever waits)
             self._error = error
         self._finish = None  # and with it the buffers it kept alive
         self._done.release()
@@ -177,10 +194,7 @@ class GlooTransport:
         self._waiter("send", to_rank, parcel.stream).submit(_Waited(lambda: _finish(work, flat), None))
 
     def receive(self, from_rank: int, parcel: Parcel, spec: TensorSpec) -> Pending:
-        buffer, flat = receive_buffer(spec, torch.device("cpu"))
-        if self._device.type == "cuda":
-            buffer = buffer.pin_memory()
-            flat = buffer.as_strided((buffer.numel(),), (1,))
+        buffer, flat = receive_buffer(spec, torch.device("cpu"), pinned=self._device.type == "cuda")
         work = self._group.recv([flat], from_rank, int(parcel.stream))
         waited = _Waited(lambda: _finish(work, flat, buffer).to(self._device), self._watch)
         return self._waiter("recv", from_rank, parcel.stream).submit(waited)
@@ -211,38 +225,59 @@ def _to_pinned(flat: torch.Tensor) -> torch.Tensor:
 
 
 class NcclTransport:
-    """NCCL, a group of two ranks per direction. A wait only makes the current CUDA stream wait."""
+    """NCCL, a group of two ranks per direction. A wait only makes the current CUDA stream wait.
 
-    def __init__(self, store: dist.Store, rank: int, device: torch.device, watch: Watch | None) -> None:
-        self._store = store
+    The groups are connected at once, in one order on all ranks: NCCL connects two ranks in their first
+    transfer, which waits for the other side, so ranks that began with different peers would wait for each
+    other forever.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, device: torch.device, watch: Watch | None
+    ) -> None:
         self._rank = rank
         self._device = device
         self._watch = watch
-        self._groups: dict[tuple[int, int], Any] = {}
+        self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
+        pairs = [pair for pair in itertools.permutations(range(size), 2) if rank in pair]
+        self._groups = {(source, target): self._open(store, source, target) for source, target in pairs}
+        for source, target in pairs:
+            _watched(partial(self._connect, source, target), watch)
 
     def send(self, to_rank: int, parcel: Parcel, tensor: torch.Tensor, spec: TensorSpec) -> None:
         flat = as_sendable(tensor, spec)
-        flat.record_stream(torch.cuda.current_stream(self._device))
-        self._group(self._rank, to_rank).send([flat], 1, 0)
+        self._keep(self._groups[self._rank, to_rank].send([flat], 1, 0), flat)
 
     def receive(self, from_rank: int, parcel: Parcel, spec: TensorSpec) -> Pending:
         buffer, flat = receive_buffer(spec, self._device)
-        work = self._group(from_rank, self._rank).recv([flat], 0, 0)
+        work = self._groups[from_rank, self._rank].recv([flat], 0, 0)
+        self._keep(work, flat)
         return _NcclPending(work, buffer, self._watch)
 
     def close(self) -> None:
         for group in self._groups.values():
-            group.shutdown()
+            group.abort()  # nothing is on its way, unless a peer is lost: then nothing will ever come
         self._groups.clear()
+        self._in_flight.clear()
 
-    def _group(self, source: int, target: int) -> Any:
-        if (source, target) not in self._groups:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = _NO_TIMEOUT
-            self._groups[source, target] = dist.ProcessGroupNCCL(
-                dist.PrefixStore(f"{source}to{target}", self._store), int(self._rank == target), 2, options
-            )
-        return self._groups[source, target]
+    def _open(self, store: dist.Store, source: int, target: int) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = _NO_TIMEOUT
+        prefixed = dist.PrefixStore(f"{source}to{target}", store)
+        return dist.ProcessGroupNCCL(prefixed, int(self._rank == target), 2, options)
+
+    def _connect(self, source: int, target: int) -> None:
+        token = torch.zeros(1, device=self._device)
+        group = self._groups[source, target]
+        work = group.send([token], 1, 0) if self._rank == source else group.recv([token], 0, 0)
+        work.wait()
+        torch.cuda.synchronize(self._device)
+
+    def _keep(self, work: Any, flat: torch.Tensor) -> None:
+        """Hold the memory until NCCL, which works on a stream of its own, is done with it."""
+        while self._in_flight and self._in_flight[0][0].is_completed():
+            self._in_flight.popleft()
+        self._in_flight.append((work, flat))
 
 
 @dataclass
@@ -261,7 +296,7 @@ class _NcclPending:
         """Poll: a dead peer would leave the stream hanging without a word."""
         checked = time.monotonic()
         while not self.work.is_completed():
-            time.sleep(0)
+            time.sleep(_POLL_INTERVAL_S)
             if time.monotonic() - checked > _WATCH_INTERVAL_S:
                 watch()
                 checked = time.monotonic()

@@ -21,7 +21,9 @@ def empty_tensor(spec: TensorSpec, device: torch.device | str) -> torch.Tensor:
 
 
 def dense_spec(spec: TensorSpec) -> TensorSpec:
-    """The spec of a copy: the same strides where they fill a piece of memory without gaps, else row-major ones."""
+    """The spec of a copy: the same strides where they fill a piece of memory without gaps, else row-major
+    ones.
+    """
     expected = 1
     for stride, size in sorted(zip(spec.stride, spec.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -52,8 +54,8 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def free_tensors(module: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
     """Move the named tensors to the meta device and return the freed ones by name.
 
-    The first parameter of the module keeps a one-element stand-in on its device, so that `module.device` answers
-    as before; it says nothing about the values.
+    The first parameter of the module keeps a one-element stand-in on its device, so that `module.device`
+    answers as before; it says nothing about the values.
     """
     first = next((name for name, _ in module.named_parameters()), None)
     freed: dict[str, torch.Tensor] = {}

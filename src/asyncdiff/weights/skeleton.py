@@ -1,7 +1,8 @@
 """A module without its weights, as bytes: what a stage worker needs to rebuild the denoiser.
 
-The live module is pickled with a persistent id in place of every registered parameter and buffer, so that LoRA
-layers, attention processors, configs and patched attributes travel as they are, and tied weights stay tied.
+The live module is pickled with a persistent id in place of every registered parameter and buffer, so that
+LoRA layers, attention processors, configs and patched attributes travel as they are, and tied weights stay
+tied.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from asyncdiff.weights.ownership import named_tensors, stand_in, tensor_spec
 
 @dataclass(frozen=True)
 class Skeleton:
-    """`payload`: the pickled module. `specs`: name of every registered tensor -> its spec. `parameters`: which of
-    the names are parameters, and whether they ask for gradients."""
+    """`payload`: the pickled module. `specs`: name of every registered tensor -> its spec. `parameters`: the
+    names that are parameters, and whether they ask for gradients.
+    """
 
     payload: bytes
     specs: dict[str, TensorSpec]
@@ -46,7 +48,7 @@ def dump_skeleton(module: nn.Module, *, omit: tuple[str, ...] = (), allow_main: 
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigurationError(
             f"{type(module).__name__} cannot be shipped to other processes: {error}. Remove what was hooked "
-            f"or attached to it (offloading hooks, lambdas), or use runtime='local' to see where it comes from."
+            f"or attached to it (offloading hooks, lambdas), or use runtime='local' to see where it is."
         ) from error
     return Skeleton(
         payload=buffer.getvalue(),
@@ -84,7 +86,12 @@ def load_skeleton(
 
 class _SkeletonPickler(pickle.Pickler):
     def __init__(
-        self, file: io.BytesIO, names: dict[int, str], allow_main: bool, root: nn.Module, omit: tuple[str, ...]
+        self,
+        file: io.BytesIO,
+        names: dict[int, str],
+        allow_main: bool,
+        root: nn.Module,
+        omit: tuple[str, ...],
     ) -> None:
         super().__init__(file, protocol=5)
         self._names = names
@@ -93,11 +100,15 @@ class _SkeletonPickler(pickle.Pickler):
         self._omit = omit
 
     def reducer_override(self, obj: Any) -> Any:
-        """The root without what stays behind. Taking that off the live module instead would let another thread's
-        call through to weights that are elsewhere."""
+        """The root without what stays behind.
+
+        Taking that off the live module instead would let another thread's call through to weights that are
+        elsewhere.
+        """
         if obj is not self._root:
             return NotImplemented
-        make, args, state, *rest = obj.__reduce_ex__(5)
+        reduced: Any = obj.__reduce_ex__(5)
+        make, args, state, *rest = reduced
         kept = {name: value for name, value in state.items() if name not in self._omit}
         return make, args, kept, *rest
 
@@ -106,8 +117,8 @@ class _SkeletonPickler(pickle.Pickler):
             return self._names.get(id(obj))
         if not self._allow_main and isinstance(obj, type | FunctionType) and obj.__module__ == "__main__":
             raise ConfigurationError(
-                f"{obj.__qualname__} is defined in the running script (__main__), which worker processes do not "
-                f"import. Move it to a module of its own and import it from there."
+                f"{obj.__qualname__} is defined in the running script (__main__), which worker processes do "
+                f"not import. Move it to a module of its own and import it from there."
             )
         return None
 

@@ -1,7 +1,7 @@
 """Weights that can be read again from the file they came from.
 
-A tensor's identity with the file is never assumed: a checksum is taken when it leaves the driver and compared when
-it is read back, so a fused LoRA or a cast that changed values is noticed.
+A tensor's identity with the file is never assumed: a checksum is taken when it leaves the driver and compared
+when it is read back, so a fused LoRA or a cast that changed values is noticed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
+
+from asyncdiff.weights.ownership import bytes_of
 
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -51,7 +53,7 @@ def find_checkpoint(module: nn.Module) -> Checkpoint | None:
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """A 32-bit checksum of the tensors' bytes in logical (row-major) order, independent of device and strides.
+    """A 32-bit checksum of the tensors' bytes in row-major order, whatever their device and strides.
 
     Copied to the host in chunks of a few MB.
     """
@@ -59,5 +61,5 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     for tensor in tensors:
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
-            value = zlib.crc32(flat[start : start + _CHUNK_ELEMENTS].cpu().numpy(), value)
+            value = zlib.crc32(bytes_of(flat[start : start + _CHUNK_ELEMENTS].cpu()), value)
     return value

@@ -1,4 +1,7 @@
-"""Ctrl-C at chosen and at random moments of a run; the next picture is right each time. Run by test_scripts.py."""
+# ruff: noqa: T201 (what it prints is what the test reads)
+"""Ctrl-C at chosen and at random moments of a run; the next picture is right each time. Run by
+test_scripts.py.
+"""
 
 import os
 import random
@@ -13,12 +16,13 @@ from tiny_pipelines import generate, tiny_pipeline
 
 import asyncdiff
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
 pipe = tiny_pipeline()
 sabotage(pipe, "conv_out", folder / "worker")
 sabotage(pipe, "conv_in", folder / "driver")
-handle = asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], warmup_steps=2)
+handle = asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain", warmup_steps=2)
 expected = generate(pipe, num_steps=8)
 print(handle.workers[0].pid, flush=True)
 

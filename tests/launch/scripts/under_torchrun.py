@@ -1,4 +1,7 @@
-"""Every setting that fits the number of processes, one `parallelize` after the other. Run by test_torchrun.py."""
+# ruff: noqa: T201 (what it prints is what the test reads)
+"""Every setting that fits the number of processes, one `parallelize` after the other. Run by
+test_torchrun.py.
+"""
 
 import itertools
 import os
@@ -25,11 +28,19 @@ def parallelize(pipe: object, **options: object) -> asyncdiff.Handle:
 
 
 dtypes = (torch.float32,) if "own-group" in sys.argv else (torch.float32, torch.bfloat16)
-for stride, kind, forecast, dtype in itertools.product((1, 2), ("chain", "nested"), ("linear", "none"), dtypes):
+for stride, kind, forecast, dtype in itertools.product(
+    (1, 2), ("chain", "nested"), ("linear", "none"), dtypes
+):
     num_stages = world_size - stride + 1
     if num_stages == 1 and kind == "nested":
         continue
-    options = {"num_stages": num_stages, "stride": stride, "partition": kind, "forecast": forecast, "warmup_steps": 2}
+    options = {
+        "num_stages": num_stages,
+        "stride": stride,
+        "partition": kind,
+        "forecast": forecast,
+        "warmup_steps": 2,
+    }
     pipe = tiny_pipeline(dtype=dtype)
     if rank == 0:
         with asyncdiff.parallelize(pipe, runtime="local", **options):

@@ -1,3 +1,4 @@
+# ruff: noqa: T201 (what it prints is what the test reads)
 """A script without a guard, also read from standard input; then a thread, and an object of `__main__`."""
 
 import threading

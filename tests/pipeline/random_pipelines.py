@@ -1,6 +1,7 @@
 """Real diffusers pipelines with tiny random weights, and one way to call all of them.
 
-Tokenizers cannot be made up, so prompts are given as embeddings; pictures are latents unless a test asks for more.
+Tokenizers cannot be made up, so prompts are given as embeddings; pictures are latents unless a test asks for
+more.
 """
 
 from __future__ import annotations
@@ -110,7 +111,14 @@ def prompt(pipe: Any, seed: int = 0, batch: int = 1) -> dict[str, torch.Tensor]:
 
 
 def generate(
-    pipe: Any, *, steps: int = 6, size: int = 8, seed: int = 0, batch: int = 1, guidance: float = 4.0, **changes: Any
+    pipe: Any,
+    *,
+    steps: int = 6,
+    size: int = 8,
+    seed: int = 0,
+    batch: int = 1,
+    guidance: float = 4.0,
+    **changes: Any,
 ) -> torch.Tensor:
     """Latents of one call. `seed` is that of the noise and of the prompt."""
     call: dict[str, Any] = {

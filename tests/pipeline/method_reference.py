@@ -1,10 +1,11 @@
-"""A second implementation of docs/method.md, by other means than the package: no schedule, no stubs, no messages.
+"""A second implementation of docs/method.md, by other means than the package: no schedule, no stubs, no
+messages.
 
-Every evaluation runs the whole denoiser, in which the blocks of other stages return what the formulas say they are
-(a version that was written down, or the line through two). Slow and simple.
+Every evaluation runs the whole denoiser, in which the blocks of other stages return what the formulas say
+they are (a version that was written down, or the line through two). Slow and simple.
 
-Letters: N stages, S stride, w warm-up steps, T steps; b the first step of a round, q a step of it; E and Z the blocks
-of the outer stage of a nested split before and after the inner ones.
+Letters: N stages, S stride, w warm-up steps, T steps; b the first step of a round, q a step of it; E and Z
+the blocks of the outer stage of a nested split before and after the inner ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.utils._pytree import tree_map
 
 
 class Reference:
-    """The forward of `denoiser` as N + S - 1 devices would give it. `stages[k]`: names of the blocks of stage k."""
+    """The forward of `denoiser` as N + S - 1 devices would give it. `stages[k]`: names of the blocks of stage
+    k."""
 
     def __init__(
         self, denoiser: nn.Module, noise_scheduler: Any, stages: list[list[str]], *, nested: bool = False,
@@ -58,7 +60,11 @@ class Reference:
         predicting = self.stages[0] if self.nested else self.stages[-1]
         for q in steps:
             E_and_Z, prediction = self.evaluate(
-                predicting, self.scaled(sample, b, q), self.timestep(q), conditions, lambda name, q=q: self.read(name, q)
+                predicting,
+                self.scaled(sample, b, q),
+                self.timestep(q),
+                conditions,
+                lambda name, q=q: self.read(name, q),
             )
             self.predictions[q] = copy.deepcopy(prediction)
             if self.nested:
@@ -77,7 +83,12 @@ class Reference:
         self.keep(b, produced)
 
     def evaluate(
-        self, own: list[str], sample: torch.Tensor, timestep: Any, conditions: dict[str, Any], foreign: Callable[[str], Any]
+        self,
+        own: list[str],
+        sample: torch.Tensor,
+        timestep: Any,
+        conditions: dict[str, Any],
+        foreign: Callable[[str], Any],
     ) -> tuple[dict[str, Any], Any]:
         """One forward with the blocks `own`; what they produced, and the denoiser's output."""
         produced: dict[str, Any] = {}
@@ -126,7 +137,9 @@ class Reference:
 
     def scaled(self, sample: torch.Tensor, b: int, q: int) -> torch.Tensor:
         """Section 3, noise schedulers that scale the input by c_in = 1 / sqrt(sigma^2 + 1)."""
-        scales = hasattr(self.noise_scheduler, "scale_model_input") and hasattr(self.noise_scheduler, "sigmas")
+        scales = hasattr(self.noise_scheduler, "scale_model_input") and hasattr(
+            self.noise_scheduler, "sigmas"
+        )
         if not scales or q == b:
             return sample
         c_b, c_q = (1 / float((self.noise_scheduler.sigmas[i] ** 2 + 1) ** 0.5) for i in (b, q))
