@@ -1,7 +1,7 @@
 """The errors a user of asyncdiff can meet.
 
-User mistakes are `ConfigurationError`s (a `ValueError`), raised before any process is started or any weight is
-moved. What goes wrong while a generation runs is a `RuntimeError`.
+User mistakes are `ConfigurationError`s (a `ValueError`), raised before any process is started or any weight
+is moved. What goes wrong while a generation runs is a `RuntimeError`.
 """
 
 

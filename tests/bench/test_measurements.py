@@ -52,8 +52,8 @@ def test_demo_draws_every_caption_and_writes_a_trace(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_architecture_has_the_published_number_of_parameters(name):
-    from accelerate import init_empty_weights
     import torch
+    from accelerate import init_empty_weights
 
     with init_empty_weights():
         denoiser = build_denoiser(architecture_named(name), torch.float32)

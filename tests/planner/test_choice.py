@@ -19,7 +19,9 @@ def chosen(graph: BlockGraph, num_stages: int) -> Plan:
 
 
 def unet_like() -> BlockGraph:
-    """Eight blocks of equal work, the last three reading one of the first three too, the weights in the middle."""
+    """Eight blocks of equal work, the last three reading one of the first three too, the weights in the
+    middle.
+    """
     reads = [[], [0], [1], [2], [3], [4, 2], [5, 1], [6, 0]]
     return make_graph([1.0] * 8, reads, [7], [1] * 8, weights=[1, 1, 5, 5, 20, 20, 1, 1])
 
@@ -38,7 +40,9 @@ def largest_share(plan: Plan) -> float:
 def test_equally_fast_kinds_are_decided_by_the_weights() -> None:
     plan = chosen(unet_like(), 2)
     assert plan.kind == "nested"
-    assert largest_share(plan) < 0.6 < largest_share(make_plan(unet_like(), Settings(2), ["cpu"], kind="chain"))
+    assert (
+        largest_share(plan) < 0.6 < largest_share(make_plan(unet_like(), Settings(2), ["cpu"], kind="chain"))
+    )
     assert plan.predictions is not None
     assert plan.predictions.balance == pytest.approx(1.0)
 

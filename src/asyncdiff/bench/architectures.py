@@ -58,8 +58,9 @@ _SD3_TRANSFORMER: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """`conditions(batch, dtype)`: the denoiser inputs besides latents and timestep, for a batch with guidance.
-    `latents_divisor`: pixels per latent."""
+    """`conditions(batch, dtype)`: the denoiser inputs besides latents and timestep, for a batch with
+    guidance. `latents_divisor`: pixels per latent.
+    """
 
     name: str
     component: str
@@ -155,12 +156,15 @@ def build_denoiser(architecture: Architecture, dtype: torch.dtype, *, seed: int 
 
 
 class DenoisingLoop:
-    """The smallest thing that `parallelize` takes for a pipeline: a denoiser, a noise scheduler, and their loop.
+    """The smallest thing that `parallelize` takes for a pipeline: a denoiser, a noise scheduler, and their
+    loop.
 
     Guidance as one call with a batch of two, as Stable Diffusion pipelines make it.
     """
 
-    def __init__(self, architecture: Architecture, denoiser: nn.Module, size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, architecture: Architecture, denoiser: nn.Module, size: int, dtype: torch.dtype
+    ) -> None:
         import diffusers
         import torch
 
@@ -169,7 +173,9 @@ class DenoisingLoop:
         self.scheduler = getattr(diffusers, architecture.noise_scheduler)()
         generator = torch.Generator().manual_seed(0)
         side = size // architecture.latents_divisor
-        self._latents = torch.randn(1, architecture.latent_channels, side, side, generator=generator).to(dtype)
+        self._latents = torch.randn(1, architecture.latent_channels, side, side, generator=generator).to(
+            dtype
+        )
         torch.manual_seed(0)
         self._conditions = architecture.conditions(2, dtype)
 

@@ -28,8 +28,9 @@ _AMPLIFICATION = 8.0
 
 @dataclass(frozen=True)
 class DemoResult:
-    """`seconds_in_order`, `seconds`: of the denoising (median over the runs). `psnr_db`: mean over the pictures, which
-    are compared as 8-bit pictures; `psnr_lowest_db`: of the worst one."""
+    """`seconds_in_order`, `seconds`: of the denoising (median over the runs). `psnr_db`: mean over the
+    pictures, which are compared as 8-bit pictures; `psnr_lowest_db`: of the worst one.
+    """
 
     devices: tuple[str, ...]
     num_stages: int
@@ -68,9 +69,21 @@ class DemoResult:
         return [
             ("in order, 1 device", f"{self.seconds_in_order:.2f} s", _runs(self.seconds_in_order_per_run)),
             (f"asyncdiff, {count} devices", f"{self.seconds:.2f} s", _runs(self.seconds_per_run)),
-            ("speed-up of the denoising", f"{self.speedup:.2f}x", f"{self.steps} steps, {len(DEMO_CAPTIONS)} pictures"),
-            ("PSNR against in order", f"{self.psnr_db:.1f} dB", f"the worst picture {self.psnr_lowest_db:.1f} dB"),
-            ("sent per step", f"{self.bytes_per_step / 1e6:.2f} MB", "between the devices, in the steady state"),
+            (
+                "speed-up of the denoising",
+                f"{self.speedup:.2f}x",
+                f"{self.steps} steps, {len(DEMO_CAPTIONS)} pictures",
+            ),
+            (
+                "PSNR against in order",
+                f"{self.psnr_db:.1f} dB",
+                f"the worst picture {self.psnr_lowest_db:.1f} dB",
+            ),
+            (
+                "sent per step",
+                f"{self.bytes_per_step / 1e6:.2f} MB",
+                "between the devices, in the steady state",
+            ),
             (
                 "weights per device",
                 " / ".join(f"{100 * share:.0f}" for share in self.weight_share) + " %",
@@ -105,9 +118,13 @@ def run_demo(
             for run in range(runs)
         ]
         progress("Timing the blocks", 0, 0)
-        split: dict[str, Any] = dict(
-            num_stages=num_stages, stride=stride, warmup_steps=warmup_steps, time_shift=time_shift, forecast=forecast
-        )
+        split: dict[str, Any] = {
+            "num_stages": num_stages,
+            "stride": stride,
+            "warmup_steps": warmup_steps,
+            "time_shift": time_shift,
+            "forecast": forecast,
+        }
         example = {"prompt": list(DEMO_CAPTIONS), "guidance_scale": GUIDANCE_SCALE}
         chosen = plan(pipe, list(devices), profile=True, example=example, **split)
         whole_bytes = sum(parameter.nbytes for parameter in pipe.unet.parameters())

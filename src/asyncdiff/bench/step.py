@@ -1,10 +1,12 @@
-"""Milliseconds of one denoising step: in order, asynchronously in the steady state, and what the machine can do.
+"""Milliseconds of one denoising step: in order, asynchronously in the steady state, and what the machine can
+do.
 
 All in one run, interleaved, because only ratios measured side by side mean anything on a shared machine.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -38,9 +40,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`ceiling`: speed-up of as many processes as devices, each running the whole forward at the same time;
-    `all_threads_ratio`: of one process with all those threads. `bytes_per_step`: sent by all devices in a steady
-    step; `expected_bytes_per_step`: what the graph says. Spreads are (lowest, highest)."""
+    """`ceiling`: speed-up of as many processes as devices, each running the whole forward at the same
+    time; `all_threads_ratio`: of one process with all those threads. `bytes_per_step`: sent by all
+    devices in a steady step; `expected_bytes_per_step`: what the graph says. Spreads are (lowest,
+    highest).
+    """
 
     arch: str
     size: int
@@ -77,7 +81,9 @@ class StepResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, value, note) for a table."""
@@ -87,16 +93,36 @@ class StepResult:
             ("in order, one core", f"{self.ms_per_step_in_order:.1f} ms", _spread(self.ms_in_order_spread)),
             (f"asyncdiff, {threads} devices", f"{self.ms_per_step:.1f} ms", _spread(self.ms_spread)),
             ("ratio", f"{self.ratio:.3f}", _per_run(self.ratio_per_run)),
-            ("ceiling of this machine", f"{self.ceiling:.3f}", f"{threads} processes, each the whole forward, at once"),
+            (
+                "ceiling of this machine",
+                f"{self.ceiling:.3f}",
+                f"{threads} processes, each the whole forward, at once",
+            ),
             (
                 f"one process, {threads} threads",
                 f"{self.all_threads_ratio:.3f}",
                 "the honest alternative on one CPU; not to be had with several GPUs",
             ),
-            ("balance of the partition", f"{self.balance:.3f}", "largest stage x N / sum, measured blocks; 1 is perfect"),
-            ("sent per step", f"{self.bytes_per_step / mb:.3f} MB", f"the graph says {self.expected_bytes_per_step / mb:.3f}"),
-            ("weights per device", _list(100 * share for share in self.weight_share) + " %", "of the denoiser's"),
-            ("resident memory", _list(value / mb for value in self.resident_bytes) + " MB", "each process, imports included"),
+            (
+                "balance of the partition",
+                f"{self.balance:.3f}",
+                "largest stage x N / sum, measured blocks; 1 is perfect",
+            ),
+            (
+                "sent per step",
+                f"{self.bytes_per_step / mb:.3f} MB",
+                f"the graph says {self.expected_bytes_per_step / mb:.3f}",
+            ),
+            (
+                "weights per device",
+                _list(100 * share for share in self.weight_share) + " %",
+                "of the denoiser's",
+            ),
+            (
+                "resident memory",
+                _list(value / mb for value in self.resident_bytes) + " MB",
+                "each process, imports included",
+            ),
             ("compute per step", _list(self.compute_ms) + " ms", "each device"),
             ("waiting per step", _list(self.wait_ms) + " ms", "each device, for states"),
             ("parallelize()", f"{self.parallelize_s:.1f} s", "starts the workers"),
@@ -120,7 +146,9 @@ def run_step(
     steps: int = 8,
     progress: Progress = no_progress,
 ) -> StepResult:
-    """Measure; `steps` timed steps in each of `runs` runs of every kind, interleaved. CPU devices have one core each."""
+    """Measure; `steps` timed steps in each of `runs` runs of every kind, interleaved. CPU devices have one
+    core each.
+    """
     architecture, torch_dtype = architecture_named(arch), getattr(torch, dtype)
     samples, ratios, ceilings = Samples(), [], []
     with ExitStack() as stack:
@@ -130,7 +158,7 @@ def run_step(
         for whole in wholes:
             whole.wait_ready()
         progress("Timing the blocks", 0, 0)
-        split = dict(num_stages=num_stages, stride=stride, forecast=forecast, time_shift=time_shift)
+        split = {"num_stages": num_stages, "stride": stride, "forecast": forecast, "time_shift": time_shift}
         chosen = plan(
             loop,
             list(devices),
@@ -191,7 +219,9 @@ def run_step(
         ratio_per_run=tuple(ratios),
         ceiling_per_run=tuple(ceilings),
         bytes_per_step=round(sum(step.bytes_sent for step in steady) / len(steady)),
-        expected_bytes_per_step=round(predictions.crossing_bytes_per_step + _prediction_bytes_per_step(loop, chosen)),
+        expected_bytes_per_step=round(
+            predictions.crossing_bytes_per_step + _prediction_bytes_per_step(loop, chosen)
+        ),
         weight_share=tuple(held / whole_bytes for held in report.weight_bytes),
         weight_bytes=report.weight_bytes,
         resident_bytes=report.resident_bytes,
@@ -208,13 +238,15 @@ def run_step(
 
 
 def _asynchronous_steps(loop: DenoisingLoop, handle: Handle, steps: int, stride: int) -> list[float]:
-    """Seconds per step in the steady state: of whole rounds, without the warm-up, what follows it, and the last."""
+    """Seconds per step in the steady state: of whole rounds, without the warm-up, what follows it, and the
+    last.
+    """
     total = _WARMUP_STEPS + _UNTIMED_STEPS * stride + -(-steps // stride) * stride + 1
     ends: list[float] = []
     loop(total, lambda step: ends.append(time.perf_counter()))
     first = _WARMUP_STEPS + _UNTIMED_STEPS * stride - 1
     rounds = ends[first : total - 1 : stride]
-    return [(after - before) / stride for before, after in zip(rounds, rounds[1:], strict=False)]
+    return [(after - before) / stride for before, after in itertools.pairwise(rounds)]
 
 
 def _seconds(loop: DenoisingLoop, steps: int) -> float:
@@ -232,7 +264,9 @@ def _idle_cpu(handle: Handle) -> tuple[float, ...]:
 
 
 def _prediction_bytes_per_step(loop: DenoisingLoop, chosen: Plan) -> float:
-    """A prediction crosses unless the driver itself makes it: copy 0 of a nested split, or of a single stage."""
+    """A prediction crosses unless the driver itself makes it: copy 0 of a nested split, or of a single
+    stage.
+    """
     driver_predicts = chosen.kind == "nested" or chosen.num_stages == 1
     crossing = chosen.stride - 1 if driver_predicts else chosen.stride
     return loop.prediction_bytes * crossing / chosen.stride
@@ -241,7 +275,9 @@ def _prediction_bytes_per_step(loop: DenoisingLoop, chosen: Plan) -> float:
 def _per_device(steps: Sequence[Any], name: str) -> tuple[float, ...]:
     return tuple(
         1e3 * statistics.median(getattr(device, name) for device in devices)
-        for devices in zip(*(step.devices for step in steps if any(d.compute_s for d in step.devices)), strict=True)
+        for devices in zip(
+            *(step.devices for step in steps if any(d.compute_s for d in step.devices)), strict=True
+        )
     )
 
 

@@ -36,7 +36,9 @@ class StepClock:
 
     @property
     def denoise_seconds(self) -> float:
-        """From the beginning of the call to the end of its last step: text encoding included, decoding not."""
+        """From the beginning of the call to the end of its last step: text encoding included, decoding
+        not.
+        """
         return self._step_ends[-1] - self._start
 
     @property

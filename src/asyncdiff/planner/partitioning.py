@@ -31,7 +31,8 @@ def partition_chain(
     `speeds`: one per rank (`num_stages + stride - 1` of them), relative to the device on which `seconds`
     holds; None for equal devices. `seconds`: one per block, None for `estimate_seconds(graph)`. `imbalance`:
     how much longer, relatively, the largest stage may be than it must, if that makes fewer bytes cross.
-    `max_weight_share`: the largest share (0 to 1) of the blocks' weights that one device may hold. Raises `ConfigurationError` where there are fewer blocks than stages, or no cut within that share.
+    `max_weight_share`: the largest share (0 to 1) of the blocks' weights that one device may hold. Raises
+    `ConfigurationError` where there are fewer blocks than stages, or no cut within that share.
     """
     load = _load("chain", graph, num_stages, speeds, stride, seconds, max_weight_share)
     _check_blocks(graph, num_stages, num_stages)

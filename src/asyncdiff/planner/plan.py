@@ -112,8 +112,8 @@ def make_plan(
 ) -> Plan:
     """The plan for a graph on devices: the best partition of `kind`, or the one given, with its predictions.
 
-    `devices` as in `Plan`, `speeds`, `imbalance` and `max_weight_share` as in `partition_chain`; `dtype` of the weights and the
-    kind of the first device choose the cost estimate where blocks have not been measured.
+    `devices` as in `Plan`, `speeds`, `imbalance` and `max_weight_share` as in `partition_chain`; `dtype` of
+    the weights and the kind of the first device choose the cost estimate where blocks have not been measured.
     """
     seconds = estimate_seconds(graph, devices[0].split(":")[0] if devices else "cpu", dtype)
     stride = settings.stride

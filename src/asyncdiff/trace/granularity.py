@@ -16,13 +16,14 @@ def paths_below(
     seconds: Mapping[BlockKey, float] | None,
     cost: EstimateCost,
 ) -> list[str]:
-    """Module paths for `find_blocks`: candidates (`call_costs`) opened until none is above `max_share` of the cost
-    or of the weights, or has nothing inside to be cut at.
+    """Module paths for `find_blocks`: candidates (`call_costs`) opened until none is above `max_share` of the
+    cost or of the weights, or has nothing inside to be cut at.
 
     `weight_bytes`: of every parameter and buffer by dotted name. `seconds` where measured, else `cost`.
     """
     costs = {
-        key: (seconds or {}).get(key, 0.0) or cost(call.flops, call.memory_bytes) for key, call in calls.items()
+        key: (seconds or {}).get(key, 0.0) or cost(call.flops, call.memory_bytes)
+        for key, call in calls.items()
     }
     children: dict[BlockKey | None, list[BlockKey]] = {}
     for key, call in calls.items():
