@@ -19,9 +19,11 @@ PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684, "
 
 
 @pytest.mark.timeout(300)
-def test_step_sends_what_the_graph_says_and_divides_the_weights():
+def test_step_sends_what_the_graph_says_and_divides_the_weights(monkeypatch):
+    # Two spinning threads on a machine that is busy with other tests make a step take seconds.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     result = run_step(
-        arch="demo", size=64, dtype="float32", devices=["cpu", "cpu"], num_stages=2, runs=1, steps=4
+        arch="demo", size=64, dtype="float32", devices=["cpu", "cpu"], num_stages=2, runs=1, steps=3
     )
     values = json.loads(json.dumps(result.to_json()))
     assert values["bytes_per_step"] == values["expected_bytes_per_step"] > 0

@@ -7,6 +7,7 @@ All in one run, interleaved, because only ratios measured side by side mean anyt
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -21,21 +22,47 @@ from asyncdiff.bench.architectures import DenoisingLoop, architecture_named, bui
 from asyncdiff.bench.environment import describe_environment
 from asyncdiff.bench.progress import Progress, no_progress
 from asyncdiff.bench.whole_model import WholeModelProcess
+from asyncdiff.config import Settings
 from asyncdiff.pipeline import Handle, Plan, parallelize, plan
 
 _WARMUP_STEPS = 1
-_UNTIMED_STEPS = 2
+_UNTIMED_ROUNDS = 2
 _IDLE_S = 2.0
 
 
 @dataclass
 class Samples:
-    """Seconds per step, all runs together, in the order measured."""
+    """Seconds per step, one list per run. `together`: of processes that all run the whole forward at once."""
 
-    in_order: list[float] = field(default_factory=list)
-    all_threads: list[float] = field(default_factory=list)
-    together: list[float] = field(default_factory=list)
-    asynchronous: list[float] = field(default_factory=list)
+    in_order: list[list[float]] = field(default_factory=list)
+    asynchronous: list[list[float]] = field(default_factory=list)
+    together: list[list[float]] = field(default_factory=list)
+    all_threads: list[list[float]] = field(default_factory=list)
+
+    def median_ms(self, kind: str) -> float:
+        """Over all runs of a kind."""
+        return 1e3 * statistics.median(itertools.chain(*getattr(self, kind)))
+
+    def spread_ms(self, kind: str) -> tuple[float, float]:
+        """Lowest and highest of a kind."""
+        values = list(itertools.chain(*getattr(self, kind)))
+        return 1e3 * min(values), 1e3 * max(values)
+
+    def speedup_per_run(self, kind: str, factor: int = 1) -> tuple[float, ...]:
+        """In order over `kind`, `factor` forwards at a time, within each run."""
+        return tuple(
+            factor * statistics.median(before) / statistics.median(after)
+            for before, after in zip(self.in_order, getattr(self, kind), strict=True)
+        )
+
+
+@dataclass
+class StartUp:
+    """How long things take that happen once, in seconds."""
+
+    parallelize_s: float = math.nan
+    first_run_s: float = math.nan
+    second_run_s: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,7 @@ class StepResult:
     size: int
     dtype: str
     devices: tuple[str, ...]
+    kind: str
     num_stages: int
     stride: int
     forecast: str
@@ -106,7 +134,7 @@ class StepResult:
             (
                 "balance of the partition",
                 f"{self.balance:.3f}",
-                "largest stage x N / sum, measured blocks; 1 is perfect",
+                f"a {self.kind} split; largest stage x N / sum of measured blocks, 1 is perfect",
             ),
             (
                 "sent per step",
@@ -127,7 +155,7 @@ class StepResult:
             ("waiting per step", _list(self.wait_ms) + " ms", "each device, for states"),
             ("parallelize()", f"{self.parallelize_s:.1f} s", "starts the workers"),
             ("first run", f"{self.first_run_s:.1f} s", "analysis and shipping of weights included"),
-            ("second run", f"{self.second_run_s:.1f} s", f"{self.steps} steps"),
+            ("second run", f"{self.second_run_s:.1f} s", f"{self.steps + _WARMUP_STEPS} steps"),
             ("idle workers", _list(self.idle_cpu_percent) + " % CPU", f"over {_IDLE_S:.0f} s"),
         ]
 
@@ -146,78 +174,56 @@ def run_step(
     steps: int = 8,
     progress: Progress = no_progress,
 ) -> StepResult:
-    """Measure; `steps` timed steps in each of `runs` runs of every kind, interleaved. CPU devices have one
-    core each.
+    """Measure; `steps` timed steps in each of `runs` runs of every kind, interleaved.
+
+    On CPU devices every process has one core.
     """
     architecture, torch_dtype = architecture_named(arch), getattr(torch, dtype)
-    samples, ratios, ceilings = Samples(), [], []
+    settings = Settings(num_stages, stride, _WARMUP_STEPS, time_shift, forecast)
+    start_up = StartUp()
     with ExitStack() as stack:
         progress("Building the denoisers", 0, 0)
         wholes = [stack.enter_context(WholeModelProcess(arch, size, dtype)) for _ in devices]
         loop = DenoisingLoop(architecture, build_denoiser(architecture, torch_dtype), size, torch_dtype)
+        whole_bytes = sum(parameter.nbytes for parameter in loop.denoiser.parameters())
         for whole in wholes:
             whole.wait_ready()
         progress("Timing the blocks", 0, 0)
-        split = {"num_stages": num_stages, "stride": stride, "forecast": forecast, "time_shift": time_shift}
-        chosen = plan(
-            loop,
-            list(devices),
-            warmup_steps=_WARMUP_STEPS,
-            profile=True,
-            example={"num_steps": 2},
-            **split,  # type: ignore[arg-type]
-        )
-        whole_bytes = sum(parameter.nbytes for parameter in loop.denoiser.parameters())
+        chosen = _profiled_plan(loop, devices, settings)
         progress("Starting the workers", 0, 0)
         start = time.perf_counter()
         handle = stack.enter_context(parallelize(loop, list(devices), plan=chosen))
-        parallelize_s = time.perf_counter() - start
+        start_up.parallelize_s = time.perf_counter() - start
         progress("First run", 0, 0)
-        first_run_s = _seconds(loop, steps + _WARMUP_STEPS)
-        for whole in wholes:
-            whole.measure(1)
-        second_run_s = float("nan")
-        for run in range(runs):
-            progress("Measuring", run, runs)
-            in_order = wholes[0].measure(steps)
-            start = time.perf_counter()
-            asynchronous = _asynchronous_steps(loop, handle, steps, stride)
-            second_run_s = time.perf_counter() - start if run == 0 else second_run_s
-            for whole in wholes:
-                whole.start(steps)
-            together = [second for whole in wholes for second in whole.result()]
-            samples.all_threads += wholes[0].measure(steps, threads=len(devices))
-            samples.in_order += in_order
-            samples.asynchronous += asynchronous
-            samples.together += together
-            ratios.append(statistics.median(in_order) / statistics.median(asynchronous))
-            ceilings.append(len(devices) * statistics.median(in_order) / statistics.median(together))
-        progress("Watching idle workers", 0, 0)
+        start_up.first_run_s = _seconds(loop, steps + _WARMUP_STEPS)
+        start_up.second_run_s = _seconds(loop, steps + _WARMUP_STEPS)
+        samples = _measure(loop, wholes, stride, steps, runs, progress)
         report = handle.last_run
+        progress("Watching idle workers", 0, 0)
         idle = _idle_cpu(handle)
-    steady = report.steps[_WARMUP_STEPS + _UNTIMED_STEPS : -1]
+    steady = report.steps[_first_timed(stride) : -1]
     predictions = chosen.predictions
     assert predictions is not None
-    in_order_ms, ms = 1e3 * statistics.median(samples.in_order), 1e3 * statistics.median(samples.asynchronous)
     return StepResult(
         arch=arch,
         size=size,
         dtype=dtype,
         devices=tuple(devices),
+        kind=chosen.kind,
         num_stages=num_stages,
         stride=stride,
         forecast=forecast,
         runs=runs,
         steps=steps,
-        ms_per_step_in_order=in_order_ms,
-        ms_per_step=ms,
-        ratio=in_order_ms / ms,
-        ceiling=len(devices) * in_order_ms / (1e3 * statistics.median(samples.together)),
-        all_threads_ratio=in_order_ms / (1e3 * statistics.median(samples.all_threads)),
-        ms_in_order_spread=(1e3 * min(samples.in_order), 1e3 * max(samples.in_order)),
-        ms_spread=(1e3 * min(samples.asynchronous), 1e3 * max(samples.asynchronous)),
-        ratio_per_run=tuple(ratios),
-        ceiling_per_run=tuple(ceilings),
+        ms_per_step_in_order=samples.median_ms("in_order"),
+        ms_per_step=samples.median_ms("asynchronous"),
+        ratio=samples.median_ms("in_order") / samples.median_ms("asynchronous"),
+        ceiling=len(devices) * samples.median_ms("in_order") / samples.median_ms("together"),
+        all_threads_ratio=samples.median_ms("in_order") / samples.median_ms("all_threads"),
+        ms_in_order_spread=samples.spread_ms("in_order"),
+        ms_spread=samples.spread_ms("asynchronous"),
+        ratio_per_run=samples.speedup_per_run("asynchronous"),
+        ceiling_per_run=samples.speedup_per_run("together", len(devices)),
         bytes_per_step=round(sum(step.bytes_sent for step in steady) / len(steady)),
         expected_bytes_per_step=round(
             predictions.crossing_bytes_per_step + _prediction_bytes_per_step(loop, chosen)
@@ -228,24 +234,64 @@ def run_step(
         compute_ms=_per_device(steady, "compute_s"),
         wait_ms=_per_device(steady, "wait_s"),
         balance=predictions.balance,
-        parallelize_s=parallelize_s,
-        first_run_s=first_run_s,
-        second_run_s=second_run_s,
+        parallelize_s=start_up.parallelize_s,
+        first_run_s=start_up.first_run_s,
+        second_run_s=start_up.second_run_s,
         idle_cpu_percent=idle,
         environment=describe_environment(),
         command=" ".join(["asyncdiff", *sys.argv[1:]]),
     )
 
 
-def _asynchronous_steps(loop: DenoisingLoop, handle: Handle, steps: int, stride: int) -> list[float]:
-    """Seconds per step in the steady state: of whole rounds, without the warm-up, what follows it, and the
-    last.
-    """
-    total = _WARMUP_STEPS + _UNTIMED_STEPS * stride + -(-steps // stride) * stride + 1
+def _profiled_plan(loop: DenoisingLoop, devices: Sequence[str], settings: Settings) -> Plan:
+    return plan(
+        loop,
+        list(devices),
+        num_stages=settings.num_stages,
+        stride=settings.stride,
+        warmup_steps=settings.warmup_steps,
+        time_shift=settings.time_shift,
+        forecast=settings.forecast,
+        profile=True,
+        example={"num_steps": 2},
+    )
+
+
+def _measure(
+    loop: DenoisingLoop,
+    wholes: Sequence[WholeModelProcess],
+    stride: int,
+    steps: int,
+    runs: int,
+    progress: Progress,
+) -> Samples:
+    """Every kind once per run, one after the other: a machine that drifts drifts under all of them."""
+    samples = Samples()
+    for whole in wholes:
+        whole.measure(1)  # untimed
+    for run in range(runs):
+        progress("Measuring", run, runs)
+        samples.in_order.append(wholes[0].measure(steps))
+        samples.asynchronous.append(_asynchronous_steps(loop, steps, stride))
+        for whole in wholes:
+            whole.start(steps)
+        samples.together.append([second for whole in wholes for second in whole.result()])
+        samples.all_threads.append(wholes[0].measure(steps, threads=len(wholes)))
+    return samples
+
+
+def _first_timed(stride: int) -> int:
+    """The first step of the steady state: after the warm-up and what follows it."""
+    return _WARMUP_STEPS + _UNTIMED_ROUNDS * stride
+
+
+def _asynchronous_steps(loop: DenoisingLoop, steps: int, stride: int) -> list[float]:
+    """Seconds per step of whole rounds in the steady state. The last step, for which less is computed, is not
+    one of them."""
+    total = _first_timed(stride) + -(-steps // stride) * stride + 1
     ends: list[float] = []
     loop(total, lambda step: ends.append(time.perf_counter()))
-    first = _WARMUP_STEPS + _UNTIMED_STEPS * stride - 1
-    rounds = ends[first : total - 1 : stride]
+    rounds = ends[_first_timed(stride) - 1 : total - 1 : stride]
     return [(after - before) / stride for before, after in itertools.pairwise(rounds)]
 
 

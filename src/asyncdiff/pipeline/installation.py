@@ -45,6 +45,7 @@ from asyncdiff.pipeline.timesteps import timestep_name
 from asyncdiff.pipeline.user_warning import warn_user
 from asyncdiff.planner import Plan
 from asyncdiff.runtime.executor import Executor, RoundCall
+from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.schedule import Schedule
 from asyncdiff.trace import Inputs, flatten_inputs
 from asyncdiff.tracking import Position
@@ -321,9 +322,10 @@ class Installation:
         self._analyses.clear()
 
     def _dump(self) -> Skeleton:
-        return dump_skeleton(
-            self.denoiser, omit=("forward", "cache_context", *guard_names()), allow_main=not self._ships
-        )
+        with interrupts_deferred():  # the pickler of CPython swallows a Ctrl-C that comes at some moments
+            return dump_skeleton(
+                self.denoiser, omit=("forward", "cache_context", *guard_names()), allow_main=not self._ships
+            )
 
     # -- the rest --------------------------------------------------------------------------------------------
 
