@@ -22,11 +22,7 @@ if TYPE_CHECKING:
         WeightsLostError,
         WorkerError,
     )
-    from asyncdiff.pipeline import Handle, Plan, RunReport
-    from asyncdiff.pipeline.parallelize import (
-        parallelize,
-        plan,
-    )  # not the package's: mypy sees the module there
+    from asyncdiff.pipeline import Handle, Plan, RunReport, parallelize, plan
 
 _HOME = {
     "AsyncDiffError": "errors",

@@ -73,7 +73,7 @@ def test_missing_model_is_one_line(tmp_path: Path) -> None:
 
 
 def test_interrupt_ends_everything_with_one_line(tmp_path: Path) -> None:
-    command = [*GENERATE, "--steps", "1000", "-o", "out.png"]
+    command = [*GENERATE, "--steps", "900", "-o", "out.png"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stderr is not None
     for line in process.stderr:  # the last thing it says before it generates

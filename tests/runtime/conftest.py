@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from asyncdiff.launch.spawn import SpawnedWorkers
+from asyncdiff.pipeline import front_door
 from asyncdiff.runtime.control import WorkerConnection
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,7 +45,4 @@ def workers() -> Iterator[SpawnedWorkers]:
 @pytest.fixture
 def spawned(workers: SpawnedWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     """`parallelize` takes the workers that are there already."""
-    module = importlib.import_module(
-        "asyncdiff.pipeline.parallelize"
-    )  # the package has a function of this name
-    monkeypatch.setattr(module, "SpawnedWorkers", lambda threads: SharedWorkers(workers, len(threads)))
+    monkeypatch.setattr(front_door, "SpawnedWorkers", lambda threads: SharedWorkers(workers, len(threads)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
 from typing import Any
+
+from asyncdiff.config import available_cores
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow", "peft")
 
@@ -33,14 +34,7 @@ def list_devices() -> list[dict[str, Any]]:
     import psutil
 
     cpu = {"name": "cpu", "kind": "cpu", "model": _processor(), "memory_bytes": psutil.virtual_memory().total}
-    return [{**cpu, "cores": usable_cores()}, *_accelerators()]
-
-
-def usable_cores() -> int:
-    """CPU cores this process may run on (containers and `taskset` allow fewer than there are)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return [{**cpu, "cores": available_cores()}, *_accelerators()]
 
 
 def _processor() -> str:

@@ -94,7 +94,8 @@ def _time_steps(loop: Any, steps: int) -> list[float]:
 
 
 def _answer(message: dict[str, Any]) -> None:
-    pass
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ def resolve_devices(asked: int | tuple[str, ...] | None) -> list[str]:
     """
     import torch
 
-    from asyncdiff.pipeline.devices import available_cores, parse_devices
+    from asyncdiff.config import available_cores
+    from asyncdiff.pipeline.devices import parse_devices
 
     num_cuda = torch.cuda.device_count()
     if asked is None:

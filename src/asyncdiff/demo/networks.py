@@ -1,9 +1,7 @@
 """The demo pipeline's networks before training: Stable Diffusion 1.5's structure, a hundred times smaller."""
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -36,7 +34,12 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text encoder for the tokenizer's vocabulary and length."""
+    """A two-layer CLIP text encoder for the tokenizer's vocabulary and length.
+
+    Its token embeddings start fifty times larger than CLIP's, as large as what the layers add to them: from
+    CLIP's start, words that earn nothing in the first steps (the positions) were drowned by those that do,
+    and after 1000 steps had not been learned; from this one, after 400.
+    """
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -49,16 +52,21 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    encoder = CLIPTextModel(config)
+    nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
+    return encoder
 
 
 def build_unet() -> UNet2DConditionModel:
-    """6 million parameters on 8x8, 4x4 and 2x2 latent pixels, with cross attention on the first two levels.
+    """7 million parameters on 8x8, 4x4 and 2x2 latent pixels, with cross attention on the first two levels.
 
     On 16x16 latents, with an autoencoder that halves the picture twice instead of three times, a step of its
     training took 1.9 s instead of 0.42 s (64 pictures, two CPU cores, first level 64 wide).
+
+    Besides cross attention, the caption scales and shifts the normalised activations, together with the
+    timestep, as in DeepFloyd IF.
     """
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -69,39 +77,30 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,  # the number of heads, despite its name
         norm_num_groups=16,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        resnet_time_scale_shift="scale_shift",
     )
-    _silence_residuals(unet)
-    nn.init.zeros_(unet.conv_out.weight)
-    return unet
 
 
 def build_noise_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule with v-prediction (Salimans and Ho 2022).
+    """The linear noise schedule of Ho et al. 2020, with v-prediction (Salimans and Ho 2022).
 
-    v keeps the error of the predicted picture small where almost everything is noise; predicting the noise
-    itself multiplies it by up to 14 there, which would be seen as wrong background colours.
+    Stable Diffusion's schedule is too mild for latents of 8x8 pixels: an observer who knows all but the
+    object's position reads it from the noisy latents in 97 % of cases at timestep 500 and in 72 % at 700
+    (71 % and 23 % with this one). So a caption's position was hardly worth learning, and after 2000 steps
+    it was not learned.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type="v_prediction",
     )
-
-
-def _silence_residuals(network: nn.Module) -> None:
-    """Makes every residual branch start at zero, as the original Stable Diffusion code does."""
-    for module in network.modules():
-        if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
-        elif isinstance(module, Transformer2DModel):
-            nn.init.zeros_(module.proj_out.weight)
-        elif isinstance(module, Attention) and module.residual_connection:
-            nn.init.zeros_(module.to_out[0].weight)
 
 
 def _start_as_a_copy(vae: AutoencoderKL) -> None:
@@ -110,8 +109,11 @@ def _start_as_a_copy(vae: AutoencoderKL) -> None:
     From diffusers' random start it learned brightness first and colours long after: after 200 steps on crops
     the mean squared error was 0.12, and 0.05 from this start.
     """
-    _silence_residuals(vae)
     blocks = [module for module in vae.modules() if isinstance(module, ResnetBlock2D)]
+    for block in blocks:
+        nn.init.zeros_(block.conv2.weight)
+    for attention in (vae.encoder.mid_block.attentions[0], vae.decoder.mid_block.attentions[0]):
+        nn.init.zeros_(attention.to_out[0].weight)
     inner = {id(conv) for block in blocks for conv in (block.conv1, block.conv2)}
     for module in vae.modules():
         if isinstance(module, nn.Conv2d) and id(module) not in inner:

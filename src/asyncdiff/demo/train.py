@@ -48,13 +48,13 @@ class TrainingSettings:
     """Everything the trained weights depend on, apart from versions and machine."""
 
     seed: int = 0
-    threads: int = 1
+    threads: int = 2
     pictures: int = 24_000
     crop_steps: int = 1500
     autoencoder_steps: int = 250
     autoencoder_batch: int = 16
     autoencoder_rate: float = 1.5e-3
-    unet_steps: int = 3500
+    unet_steps: int = 2800
     unet_batch: int = 32
     unet_rate: float = 1e-3
     caption_dropout: float = 0.1

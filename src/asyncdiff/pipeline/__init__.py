@@ -1,7 +1,7 @@
 """The user's side: `parallelize` a diffusers pipeline, and the handle it returns."""
 
+from asyncdiff.pipeline.front_door import parallelize, plan
 from asyncdiff.pipeline.handle import Handle, WorkerInfo
-from asyncdiff.pipeline.parallelize import parallelize, plan
 from asyncdiff.pipeline.report import RunReport
 from asyncdiff.planner import Plan
 

@@ -22,8 +22,8 @@ from asyncdiff.launch.default_group import (
     torchrun_world_size,
 )
 from asyncdiff.pipeline.denoiser import denoiser_of
+from asyncdiff.pipeline.front_door import parallelize
 from asyncdiff.pipeline.handle import Handle
-from asyncdiff.pipeline.parallelize import parallelize
 from asyncdiff.pipeline.user_warning import warn_user
 
 

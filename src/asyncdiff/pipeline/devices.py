@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from asyncdiff.config import settle
+from asyncdiff.config import available_cores, settle
 from asyncdiff.errors import ConfigurationError
 
 RUNTIMES = ("auto", "local", "spawn", "torchrun")
@@ -72,13 +72,6 @@ def parse_devices(devices: int | Sequence[str] | None, denoiser_device: torch.de
     if not devices:
         raise ConfigurationError("devices is empty. Pass at least one.")
     return tuple(_check_device(name) for name in devices)
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _count_of_devices(count: int, denoiser_device: torch.device) -> list[str]:

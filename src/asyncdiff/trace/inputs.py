@@ -11,8 +11,9 @@ import torch
 
 from asyncdiff.errors import UnsupportedDenoiserError
 from asyncdiff.graph import TensorSpec
-from asyncdiff.trace.tensors import MakePlaceholder, tensor_spec, zero_placeholder
+from asyncdiff.trace.tensors import MakePlaceholder, zero_placeholder
 from asyncdiff.trace.torch_private import Structure, tree_flatten_named, tree_unflatten
+from asyncdiff.weights.ownership import tensor_spec
 
 # Python ints under these names change from call to call as floats do: a custom loop may pass `int(t)`.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from asyncdiff.trace.recording import Call, Leaf, ModelTensor, Op
-from asyncdiff.trace.tensors import tensor_spec
 from asyncdiff.trace.torch_private import flops_of, storage_key, tree_flatten
+from asyncdiff.weights.ownership import tensor_spec
 
 # Take shape and dtype of a tensor but not its data: counted as reads they would be phantom edges of the
 # graph.

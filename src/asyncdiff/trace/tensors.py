@@ -11,11 +11,6 @@ from asyncdiff.graph import TensorSpec
 MakePlaceholder = Callable[[TensorSpec, torch.device], torch.Tensor]
 
 
-def tensor_spec(tensor: torch.Tensor) -> TensorSpec:
-    """Shape, stride and dtype of `tensor`."""
-    return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype).removeprefix("torch."))
-
-
 def dtype_of(spec: TensorSpec) -> torch.dtype:
     return getattr(torch, spec.dtype)
 
