@@ -49,7 +49,7 @@ class WholeModelProcess:
     def close(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
-        self._process.wait(10)
+        self._process.communicate(timeout=10)  # closes the pipes too
 
     def __enter__(self) -> WholeModelProcess:
         return self
