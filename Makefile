@@ -1,5 +1,6 @@
 # make demo: a picture on one device and on two, with times and PSNR.   make test: lint, types, import contracts, tests.
-# Both make .venv first, with everything pinned by constraints.txt.
+# make test-all: those that take longer, too.
+# All make .venv first, with everything pinned by constraints.txt.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
 VENV := .venv
@@ -7,16 +8,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INCOMPLETE := $(VENV)/.incomplete
 
-.PHONY: help demo test lint types imports tests benchmarks clean
+.PHONY: help demo test test-all lint types imports tests benchmarks clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 demo: $(INSTALLED)
 	$(BIN)/asyncdiff demo
 
 test: lint types imports tests
+
+# Every family of pipelines in processes as well: about an hour on two cores.
+test-all: lint types imports
+	$(BIN)/python -m pytest -m ""
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

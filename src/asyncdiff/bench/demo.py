@@ -24,15 +24,14 @@ from asyncdiff.pipeline import RunReport, parallelize, plan
 
 _UNTIMED_STEPS = 6
 _AMPLIFICATION = 8.0
-# A step takes 40 ms here, so an exchange counts: a chain, whose loop over two devices waited 0.2 ms for
-# states, took 2.2 to 2.4 s where nested splits waited 5 ms and took 2.4 to 2.7 (in order 4.1 to 4.4; two
-# cores).
+# A step is short here, so an exchange counts, and a chain exchanges least often.
 _PARTITION = "chain"
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """`seconds_in_order`, `seconds`: of the denoising (median over the runs). `psnr_db`: mean over the
+    """`seconds_in_order`, `seconds`: of the denoising (median over the runs). `speedup`: the median over
+    the pairs of runs, one in order and one on several devices right after it. `psnr_db`: mean over the
     pictures, which are compared as 8-bit pictures; `psnr_lowest_db`: of the worst one.
     """
 
@@ -47,6 +46,7 @@ class DemoResult:
     seconds_in_order: float
     seconds: float
     speedup: float
+    speedup_per_run: tuple[float, ...]
     seconds_in_order_per_run: tuple[float, ...]
     seconds_per_run: tuple[float, ...]
     psnr_db: float
@@ -76,6 +76,8 @@ class DemoResult:
             (
                 "speed-up of the denoising",
                 f"{self.speedup:.2f}x",
+                f"median of {len(self.speedup_per_run)} pairs of runs: "
+                f"{min(self.speedup_per_run):.2f}x to {max(self.speedup_per_run):.2f}x; "
                 f"{self.steps} steps, {len(DEMO_CAPTIONS)} pictures",
             ),
             (
@@ -106,21 +108,16 @@ def run_demo(
     forecast: str = "linear",
     steps: int = 50,
     seed: int = 0,
-    runs: int = 3,
+    runs: int = 5,
     progress: Progress = no_progress,
 ) -> DemoResult:
-    """Generate the demo captions `runs` times in order on the first device and `runs` times on all of them.
+    """Generate the demo captions in order on the first device and then on all of them, `runs` times.
 
-    A CPU device is one core, in order as well as on several. Both are timed after an untimed call.
+    A CPU device is one core, in order as well as on several. The two take turns, because a machine's speed
+    drifts from one minute to the next; both are timed after an untimed call.
     """
-    pipe = load_demo_pipeline().to(devices[0])
-    pipe.set_progress_bar_config(disable=True)
+    original, pipe = (_load(devices[0]) for _ in range(2))
     with _one_core_per_device():
-        _generate(pipe, _UNTIMED_STEPS, seed, "Untimed run", no_progress)
-        in_order = [
-            _generate(pipe, steps, seed, f"In order on {devices[0]}, run {run + 1} of {runs}", progress)
-            for run in range(runs)
-        ]
         progress("Timing the blocks", 0, 0)
         split: dict[str, Any] = {
             "num_stages": num_stages,
@@ -133,17 +130,20 @@ def run_demo(
         chosen = plan(pipe, list(devices), partition=_PARTITION, profile=True, example=example, **split)
         whole_bytes = sum(parameter.nbytes for parameter in pipe.unet.parameters())
         progress("Starting the workers", 0, 0)
+        in_order, parallel = [], []
         with parallelize(pipe, list(devices), plan=chosen) as handle:
-            _generate(pipe, _UNTIMED_STEPS, seed, "Untimed run", no_progress)
-            parallel = [
-                _generate(pipe, steps, seed, f"On {len(devices)} devices, run {run + 1} of {runs}", progress)
-                for run in range(runs)
-            ]
+            for each in (original, pipe):
+                _generate(each, _UNTIMED_STEPS, seed, "Untimed run", no_progress)
+            for run in range(runs):
+                where = f"run {run + 1} of {runs}"
+                in_order.append(_generate(original, steps, seed, f"In order on 1 device, {where}", progress))
+                parallel.append(_generate(pipe, steps, seed, f"On {len(devices)} devices, {where}", progress))
             report = handle.last_run
     reference, pictures = in_order[-1][0], parallel[-1][0]
     psnrs = [psnr_db(*pair) for pair in zip(reference, pictures, strict=True)]
     before = [seconds for _, seconds in in_order]
     after = [seconds for _, seconds in parallel]
+    speedups = [one / several for one, several in zip(before, after, strict=True)]
     return DemoResult(
         devices=tuple(devices),
         num_stages=num_stages,
@@ -155,7 +155,8 @@ def run_demo(
         runs=runs,
         seconds_in_order=statistics.median(before),
         seconds=statistics.median(after),
-        speedup=statistics.median(before) / statistics.median(after),
+        speedup=statistics.median(speedups),
+        speedup_per_run=tuple(speedups),
         seconds_in_order_per_run=tuple(before),
         seconds_per_run=tuple(after),
         psnr_db=float(np.mean(psnrs)),
@@ -173,6 +174,12 @@ def run_demo(
         ),
         report=report,
     )
+
+
+def _load(device: str) -> Any:
+    pipe = load_demo_pipeline().to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _generate(

@@ -1,0 +1,90 @@
+"""What holds for every family of pipelines, on a tiny real one of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import asyncdiff
+from asyncdiff.pipeline.handle import Handle
+from asyncdiff.schedule.ops import Send, SendPrediction
+from asyncdiff.tiny import TINY_PIPELINES, TinyCall, TinyPipeline, generate
+
+pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
+
+FAMILIES = [pytest.param(family, id=name) for name, family in TINY_PIPELINES.items()]
+IN_ORDER = 99
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_order_is_bitwise_the_untouched_pipeline(family: TinyPipeline, num_stages: int) -> None:
+    """Also with another resolution and batch in between; and `remove` leaves nothing behind."""
+    pipe = family.build()
+    calls = (TinyCall(), TinyCall(seed=1, large=True), TinyCall(seed=2, batch=2))
+    alone = [generate(family, pipe, call) for call in calls]
+    weights = weights_of(family, pipe)
+    with asyncdiff.parallelize(pipe, num_stages=num_stages, warmup_steps=IN_ORDER):
+        for call, expected in zip(calls, alone, strict=True):
+            assert torch.equal(generate(family, pipe, call), expected), call
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(family, pipe).items())
+    assert torch.equal(generate(family, pipe), alone[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_later_steps_use_states_of_earlier_ones(family: TinyPipeline) -> None:
+    """Every call is placed in its run: the picture differs from the one in order, and is the same again."""
+    pipe = family.build()
+    call = TinyCall(steps=6)
+    alone = generate(family, pipe, call)
+    with asyncdiff.parallelize(pipe, num_stages=2, forecast="none"):
+        stale = generate(family, pipe, call)
+        assert stale.isfinite().all()
+        assert not torch.equal(stale, alone)
+        assert torch.equal(generate(family, pipe, call), stale)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_are_bitwise_the_local_executor(family: TinyPipeline) -> None:
+    """And send what the graph says, hold their own weights only, and give everything back."""
+    pipe = family.build()
+    calls = (TinyCall(steps=6), TinyCall(steps=6, seed=1, large=True), TinyCall(steps=6, seed=2, batch=2))
+    alone = generate(family, pipe, calls[0])
+    whole_bytes = sum(tensor.nbytes for tensor in weights_of(family, pipe).values())
+    with asyncdiff.parallelize(pipe, num_stages=2):
+        expected = [generate(family, pipe, call) for call in calls]
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]) as handle:
+        for call, latents in zip(calls, expected, strict=True):
+            assert torch.equal(generate(family, pipe, call), latents), call
+            assert handle.last_run.bytes_sent == expected_bytes(handle) > 0
+        held = handle.last_run.weight_bytes
+        assert all(0 < bytes_ < whole_bytes for bytes_ in held)
+    assert torch.equal(generate(family, pipe, calls[0]), alone)
+
+
+def weights_of(family: TinyPipeline, pipe: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": tensor.clone()
+        for name in family.denoisers
+        for key, tensor in getattr(pipe, name).state_dict().items()
+    }
+
+
+def expected_bytes(handle: Handle) -> int:
+    """The wiring's figures times the schedules' sends, of the last run."""
+    installation = handle._installation
+    stages = installation.executor._rank_stages
+    total = 0
+    for (run, _), state in installation._channels.items():
+        if run != installation._last_run:
+            continue
+        wiring = state.analysis.wiring
+        for op in (op for round_ in state.schedule.rounds for ops in round_.ops for op in ops):
+            if isinstance(op, Send):
+                total += wiring.num_bytes(op.value.segment, stages[op.to_rank])
+            elif isinstance(op, SendPrediction):
+                total += wiring.prediction_bytes
+    return total
