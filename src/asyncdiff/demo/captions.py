@@ -39,6 +39,14 @@ DEMO_CAPTIONS = (
     "a small orange star at the right and a small blue cross at the left on a beige background",
     "a large pink ring at the top and a small blue circle at the bottom on a black background",
     "a large green square at the bottom right and a large teal ring at the top right on a white background",
+    "a large orange circle at the right on a white background",
+    "a large red square at the top left on a grey background",
+    "a small blue cross in the middle on a beige background",
+    "a large purple star at the bottom left on a black background",
+    "a large pink triangle at the right on a grey background",
+    "a large teal heart at the top left on a black background",
+    "a large yellow heart at the top right and a large pink heart at the bottom left on a black background",
+    "a small blue ring at the left and a small teal square at the bottom right on a black background",
 )
 
 # One caption in twenty is never trained on: about 200 with one object and 70 000 with two.

@@ -44,6 +44,7 @@ from asyncdiff.pipeline.scheduler_lookup import calling_pipeline
 from asyncdiff.pipeline.timesteps import timestep_name
 from asyncdiff.pipeline.user_warning import warn_user
 from asyncdiff.planner import Plan
+from asyncdiff.protocol.messages import RoundInfo
 from asyncdiff.runtime.executor import Executor, RoundCall
 from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.schedule import Schedule
@@ -104,7 +105,7 @@ class Installation:
         self._skeleton: Skeleton | None = None
         self._installed: Skeleton | None = None
         self._owners: Partition | None = None
-        self._analyses: dict[Any, Analysis] = {}
+        self._analyses: dict[Any, list[Analysis]] = {}
         self._analysis_numbers = itertools.count()
         scale = getattr(getattr(denoiser, "config", None), "timestep_scale", None)
         self._runs = Runs(() if scale is None else (float(scale),))
@@ -187,16 +188,19 @@ class Installation:
         refuse_scaled_conditions(conditions, inputs, state.analysis, self.settings.stride)
         self.executor.run_round(
             RoundCall(
-                run=call.run,
-                channel=call.position.channel,
-                key=state.analysis.number,
+                RoundInfo(
+                    run=call.run,
+                    channel=call.position.channel,
+                    key=state.analysis.number,
+                    first_step=step,
+                    floats=inputs.floats(),
+                    history_depth=2 if self.settings.forecast == "linear" else 1,
+                    conditions=dict(conditions),
+                    timestep_name=timestep_name(inputs.names),
+                    latents_name=inputs.latents,
+                ),
                 round=state.schedule.round_of(step),
                 tensors=inputs.tensors(),
-                floats=inputs.floats(),
-                history_depth=2 if self.settings.forecast == "linear" else 1,
-                conditions=conditions,
-                timestep_name=timestep_name(inputs.names),
-                latents_name=inputs.latents,
                 ended_runs=self._forget_ended_runs(),
             )
         )
@@ -254,10 +258,12 @@ class Installation:
     # -- structures ------------------------------------------------------------------------------------------
 
     def _analysis(self, inputs: Inputs) -> Analysis:
-        key = inputs.key()
-        if key not in self._analyses:
-            self._analyses[key] = self._analyse(inputs)
-        return self._analyses[key]
+        known = self._analyses.setdefault(inputs.key(), [])
+        for analysis in known:
+            if analysis.covers(inputs):
+                return analysis
+        known.append(self._analyse(inputs))
+        return known[-1]
 
     def _analyse(self, inputs: Inputs) -> Analysis:
         """The first call settles the plan and ships the weights; later ones keep every block where it is."""
@@ -277,11 +283,11 @@ class Installation:
                 dtype=self._dtype,
                 threads_per_device=self._threads,
             )
-            analysis = analyse(number, recording, self.plan)
+            analysis = analyse(number, recording, inputs, self.plan)
             self._owners = analysis.partition
         else:
             assert self.plan is not None
-            analysis = analyse_again(number, recording, self.plan, self._owners)
+            analysis = analyse_again(number, recording, inputs, self.plan, self._owners)
         if self._skeleton is not self._installed:
             self._install_weights(analysis)
             self._installed = self._skeleton

@@ -140,26 +140,33 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class RoundMessage:
-    """Run this rank's operations of one round.
+class RoundInfo:
+    """What all ranks are told of a round.
 
-    `key`: the input structure. `history_depth`: how many versions of a foreign value later rounds may read.
-    `conditions`: by condition step, where it differs from the call's own. `ended_runs`: runs whose states may
-    be forgotten.
+    `key`: the input structure. `floats`: inputs that are numbers. `history_depth`: how many versions of a
+    foreign value later rounds may read. `conditions`: by condition step, what replaces the call's own
+    timestep and scale of the latents.
     """
 
-    session: int
     run: int
     channel: Hashable
     key: int
     first_step: int
-    ops: tuple[Op, ...]
-    inputs: tuple[InputItem, ...]
     floats: dict[str, float]
-    history_depth: int
+    history_depth: int = 2
     conditions: dict[int, Condition] = field(default_factory=dict)
     timestep_name: str | None = None
     latents_name: str | None = None
+
+
+@dataclass(frozen=True)
+class RoundMessage:
+    """Run this rank's operations of one round. `ended_runs`: runs whose states may be forgotten."""
+
+    session: int
+    info: RoundInfo
+    ops: tuple[Op, ...]
+    inputs: tuple[InputItem, ...]
     ended_runs: tuple[int, ...] = ()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import psutil
@@ -13,7 +13,7 @@ from torch import nn
 
 from asyncdiff.errors import ParallelizedError
 from asyncdiff.graph.wiring import Wiring
-from asyncdiff.protocol.messages import Condition, WorkerReport
+from asyncdiff.protocol.messages import RoundInfo, WorkerReport
 from asyncdiff.runtime.interpreter import RoundTask
 from asyncdiff.schedule import Round
 from asyncdiff.stage import StageSpec
@@ -24,33 +24,14 @@ from asyncdiff.weights import Skeleton
 class RoundCall:
     """One round for all ranks, with every tensor input of the call that starts it."""
 
-    run: int
-    channel: Hashable
-    key: int
+    info: RoundInfo
     round: Round
     tensors: Mapping[str, torch.Tensor]
-    floats: Mapping[str, float]
-    history_depth: int
-    conditions: Mapping[int, Condition] = field(default_factory=dict)
-    timestep_name: str | None = None
-    latents_name: str | None = None
     ended_runs: tuple[int, ...] = ()
 
     def task(self, rank: int) -> RoundTask:
         """The part of one rank that is in this process."""
-        return RoundTask(
-            run=self.run,
-            channel=self.channel,
-            key=self.key,
-            first_step=self.round.first_step,
-            ops=self.round.ops[rank],
-            tensors=self.tensors,
-            floats=self.floats,
-            history_depth=self.history_depth,
-            conditions=self.conditions,
-            timestep_name=self.timestep_name,
-            latents_name=self.latents_name,
-        )
+        return RoundTask(self.info, self.round.ops[rank], self.tensors)
 
 
 class Executor(Protocol):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from asyncdiff.graph import Atom, TensorSpec
 from asyncdiff.graph.wiring import Wiring
-from asyncdiff.protocol.messages import Condition, RoundRecord
+from asyncdiff.protocol.messages import RoundInfo, RoundRecord
 from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.runtime.link import Link, Parcel, Pending, Stream
 from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Value
@@ -24,24 +24,11 @@ from asyncdiff.weights.ownership import empty_tensor
 
 @dataclass(frozen=True)
 class RoundTask:
-    """One rank's part of a round, with the denoiser inputs of the round's first step.
+    """One rank's part of a round. `tensors`: the inputs of the round's first step that its stage reads."""
 
-    `tensors`: the inputs this rank's stage reads. `conditions`: by condition step, what replaces the call's
-    own timestep and scale of the latents. `history_depth`: how many versions of a foreign value later rounds
-    may read.
-    """
-
-    run: int
-    channel: Hashable
-    key: int
-    first_step: int
+    info: RoundInfo
     ops: tuple[Op, ...]
     tensors: Mapping[str, torch.Tensor]
-    floats: Mapping[str, float]
-    history_depth: int = 2
-    conditions: Mapping[int, Condition] = field(default_factory=dict)
-    timestep_name: str | None = None
-    latents_name: str | None = None
 
 
 class StageInterpreter:
@@ -81,26 +68,26 @@ class StageInterpreter:
 
     def post(self, task: RoundTask) -> None:
         """Note what the round owes and ask for all it receives, before anything is computed."""
-        self.where = (task.first_step, "posting its transfers")
-        wiring = self._wirings[task.key]
-        states = self._states.setdefault((task.run, task.channel), States())
+        self.where = (task.info.first_step, "posting its transfers")
+        wiring = self._wirings[task.info.key]
+        states = self._states.setdefault((task.info.run, task.info.channel), States())
         self._debts = dict(self._owed(task, wiring))
         for op in task.ops:
             if isinstance(op, Recv):
                 states.expect(op.value, self._receive_state(task, wiring, op))
             elif isinstance(op, Predict) and op.from_rank != self.rank:
-                self._predictions[task.run, task.channel, op.step] = self._receive_prediction(
+                self._predictions[task.info.run, task.info.channel, op.step] = self._receive_prediction(
                     task, wiring, op
                 )
 
     def compute(self, task: RoundTask) -> None:
         """The forwards of a posted round."""
         clock = _Clock()
-        wiring, states = self._wirings[task.key], self._states[task.run, task.channel]
+        wiring, states = self._wirings[task.info.key], self._states[task.info.run, task.info.channel]
         for computes in _forwards(task.ops):
             self._forward(task, wiring, states, computes, clock)
         assert not self._debts, f"not sent: {[str(parcel) for _, parcel in self._debts]}"
-        states.forget_before(task.history_depth)
+        states.forget_before(task.info.history_depth)
         self._records.append(clock.record(task))
 
     def skip_round(self, task: RoundTask) -> None:
@@ -187,7 +174,7 @@ class StageInterpreter:
                     self._pay(rank, parcel, tensor, clock)
 
         with clock.measure(f"stage {self.stage} step {first.step}", "compute"):
-            output = self._replica.run(task.key, *_conditioned(task, first), read, emit)
+            output = self._replica.run(task.info.key, *_conditioned(task, first), read, emit)
         self._deliver(task, first.step, output, clock)
 
     def _deliver(self, task: RoundTask, step: int, output: list[torch.Tensor] | None, clock: _Clock) -> None:
@@ -196,7 +183,9 @@ class StageInterpreter:
                 for leaf, tensor in enumerate(_computed(output)):
                     self._pay(0, _prediction_parcel(task, step, leaf), tensor, clock)
             elif isinstance(op, Predict) and op.step == step and op.from_rank == self.rank:
-                self._predictions[task.run, task.channel, step] = [_Ready(leaf) for leaf in _computed(output)]
+                self._predictions[task.info.run, task.info.channel, step] = [
+                    _Ready(leaf) for leaf in _computed(output)
+                ]
 
 
 class States:
@@ -253,9 +242,9 @@ class _Clock:
         for _, category, start, end in self._spans:
             seconds[category] += end - start
         return RoundRecord(
-            run=task.run,
-            channel=task.channel,
-            first_step=task.first_step,
+            run=task.info.run,
+            channel=task.info.channel,
+            first_step=task.info.first_step,
             compute_s=seconds["compute"] - seconds["wait"] - seconds["send"],
             wait_s=seconds["wait"],
             bytes_sent=self.bytes_sent,
@@ -300,16 +289,16 @@ def _recipients(ops: tuple[Op, ...], computes: dict[int, Compute]) -> dict[int, 
 
 def _conditioned(task: RoundTask, compute: Compute) -> tuple[Mapping[str, torch.Tensor], Mapping[str, float]]:
     """The task's inputs with the timestep and the scale of the latents that condition this evaluation."""
-    condition = task.conditions.get(compute.condition_step)
+    condition = task.info.conditions.get(compute.condition_step)
     if condition is None:
-        return task.tensors, task.floats
-    tensors, floats = dict(task.tensors), dict(task.floats)
-    if task.timestep_name in tensors:
-        tensors[task.timestep_name] = condition.timestep
-    elif task.timestep_name in floats:
-        floats[task.timestep_name] = condition.timestep
-    if condition.latents_scale != 1.0 and task.latents_name in tensors:
-        tensors[task.latents_name] = tensors[task.latents_name] * condition.latents_scale
+        return task.tensors, task.info.floats
+    tensors, floats = dict(task.tensors), dict(task.info.floats)
+    if task.info.timestep_name in tensors:
+        tensors[task.info.timestep_name] = condition.timestep
+    elif task.info.timestep_name in floats:
+        floats[task.info.timestep_name] = condition.timestep
+    if condition.latents_scale != 1.0 and task.info.latents_name in tensors:
+        tensors[task.info.latents_name] = tensors[task.info.latents_name] * condition.latents_scale
     return tensors, floats
 
 
@@ -319,8 +308,8 @@ def _computed(output: list[torch.Tensor] | None) -> list[torch.Tensor]:
 
 
 def _state_parcel(task: RoundTask, value: Value, atom: Atom, to_rank: int) -> Parcel:
-    return Parcel(Stream.STATE, (task.run, task.channel, value, atom, to_rank))
+    return Parcel(Stream.STATE, (task.info.run, task.info.channel, value, atom, to_rank))
 
 
 def _prediction_parcel(task: RoundTask, step: int, leaf: int) -> Parcel:
-    return Parcel(Stream.PREDICTION, (task.run, task.channel, step, leaf))
+    return Parcel(Stream.PREDICTION, (task.info.run, task.info.channel, step, leaf))

@@ -59,7 +59,7 @@ class LocalExecutor:
             interpreter.wire(key, wiring)
 
     def run_round(self, call: RoundCall) -> None:
-        refuse_aborted(call.run, self._aborted)
+        refuse_aborted(call.info.run, self._aborted)
         self._aborted.difference_update(call.ended_runs)
         for interpreter in self._interpreters:
             interpreter.end_runs(call.ended_runs)
@@ -70,7 +70,7 @@ class LocalExecutor:
             unmatched = [*self._sent, *self._expected]
             assert not unmatched, "a transfer of the round had no match"
         except BaseException:
-            self._aborted.add(call.run)
+            self._aborted.add(call.info.run)
             raise
         finally:
             self._not_started, self._sent, self._expected = {}, {}, {}

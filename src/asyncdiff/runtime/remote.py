@@ -240,16 +240,16 @@ class RemoteExecutor:
     def run_round(self, call: RoundCall) -> None:
         step = call.round.first_step
         self._refuse_if_broken(step)
-        refuse_aborted(call.run, self._aborted)
+        refuse_aborted(call.info.run, self._aborted)
         self._aborted.difference_update(call.ended_runs)
         interpreter = self._interpreter
         assert interpreter is not None
         self._note_progress("waiting for what its own stage reads", step)
-        with self._failing(call.run):
+        with self._failing(call.info.run):
             with interrupts_deferred():  # once one worker has its part of a round, all must have theirs
                 for run in call.ended_runs:
                     self._forget(run)
-                self._begin(call.run)
+                self._begin(call.info.run)
                 for rank, connection in self._connections():
                     if call.round.ops[rank]:
                         self._dispatch(rank, connection, call)
@@ -282,22 +282,14 @@ class RemoteExecutor:
 
     def _dispatch(self, rank: int, connection: WorkerConnection, call: RoundCall) -> None:
         """One control message, then the inputs that do not fit in it."""
-        needed = self._needed[call.key][self._rank_stages[rank]]
+        needed = self._needed[call.info.key][self._rank_stages[rank]]
         items = tuple(self._input_items(rank, call, needed))
         connection.send(
             RoundMessage(
                 session=self._session,
-                run=call.run,
-                channel=call.channel,
-                key=call.key,
-                first_step=call.round.first_step,
+                info=call.info,
                 ops=call.round.ops[rank],
                 inputs=items,
-                floats=dict(call.floats),
-                history_depth=call.history_depth,
-                conditions=dict(call.conditions),
-                timestep_name=call.timestep_name,
-                latents_name=call.latents_name,
                 ended_runs=call.ended_runs,
             )
         )
@@ -311,7 +303,7 @@ class RemoteExecutor:
 
     def _input_items(self, rank: int, call: RoundCall, needed: Collection[str]) -> Iterator[InputItem]:
         """Constant inputs cross once a run: the same object, not written to since (a reference is held)."""
-        last = self._last_inputs.setdefault((rank, call.run, call.channel), {})
+        last = self._last_inputs.setdefault((rank, call.info.run, call.info.channel), {})
         for name in needed:
             tensor = call.tensors[name]
             version = -1 if tensor.is_inference() else tensor._version

@@ -172,21 +172,21 @@ class WorkerSession:
             self._forget(run)
         try:
             task = self._task(message)
-            if message.run in self._aborted:
+            if message.info.run in self._aborted:
                 interpreter.skip_round(task)
             else:
                 with torch.no_grad():
                     interpreter.run_round(task)
         except Exception as error:  # noqa: BLE001 (reported to the driver, which raises it)
             step, operation = interpreter.where
-            if message.run not in self._aborted:
-                self._report(self._failure(error, operation, step=step, run=message.run))
-                self._await_abort(message.run)
+            if message.info.run not in self._aborted:
+                self._report(self._failure(error, operation, step=step, run=message.info.run))
+                self._await_abort(message.info.run)
             interpreter.settle()
 
     def _task(self, message: RoundMessage) -> RoundTask:
         """The task with its inputs, each received into memory of its own or kept from an earlier call."""
-        held = self._inputs.setdefault((message.run, message.channel), {})
+        held = self._inputs.setdefault((message.info.run, message.info.channel), {})
         arriving: dict[str, Pending] = {}
         for item in message.inputs:
             if isinstance(item, InlineInput):
@@ -196,17 +196,7 @@ class WorkerSession:
                 arriving[item.name] = self._transport.receive(0, Parcel(Stream.INPUT, item.name), item.spec)
         held.update({name: pending.wait() for name, pending in arriving.items()})
         return RoundTask(
-            run=message.run,
-            channel=message.channel,
-            key=message.key,
-            first_step=message.first_step,
-            ops=message.ops,
-            tensors={item.name: held[item.name] for item in message.inputs},
-            floats=message.floats,
-            history_depth=message.history_depth,
-            conditions=message.conditions,
-            timestep_name=message.timestep_name,
-            latents_name=message.latents_name,
+            message.info, message.ops, tensors={item.name: held[item.name] for item in message.inputs}
         )
 
     def _await_abort(self, run: int) -> None:
