@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INCOMPLETE := $(VENV)/.incomplete
 
-.PHONY: help demo test test-all lint types imports tests benchmarks clean
+.PHONY: help demo test test-all lint types imports tests benchmarks tables clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,8 +41,15 @@ benchmarks: $(INSTALLED)
 	$(BIN)/asyncdiff demo --picture docs/images/demo.png --json docs/benchmarks/demo.json
 	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --dtype bfloat16 --devices 2 --stages 2 --stride 1 \
 		--json docs/benchmarks/step-sd21.json
+	$(BIN)/python -m asyncdiff.bench.noise_schedulers quality docs/noise-schedulers.md \
+		--json docs/benchmarks/noise-schedulers.json
 	$(BIN)/python -m asyncdiff.bench.readme README.md --demo docs/benchmarks/demo.json \
 		--step docs/benchmarks/step-sd21.json
+
+# Where real denoisers would be cut, counted on fake tensors: some minutes, no weights, no network.
+tables: $(INSTALLED)
+	$(BIN)/python -m asyncdiff.bench.pipelines_table docs/pipelines.md
+	$(BIN)/python -m asyncdiff.bench.noise_schedulers support docs/noise-schedulers.md
 
 # The mark .incomplete stays behind when an installation is interrupted: pip then takes half-written packages for
 # installed ones, so the next attempt starts from nothing. Otherwise only what changed is installed.
@@ -53,7 +60,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $(INCOMPLETE)
 	@echo "Installing into $(VENV) (minutes the first time) ..."
 	@"$(PYTHON)" -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench,dev,examples]'
 	@rm $(INCOMPLETE)
 	@touch $(INSTALLED)
 

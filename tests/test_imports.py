@@ -29,7 +29,7 @@ def test_import_loads_nothing_heavy(module: str) -> None:
     assert not loaded_modules(f"import {module}") & _HEAVY
 
 
-@pytest.mark.parametrize("package", ["graph", "schedule", "simulate", "planner", "tracking", "protocol"])
+@pytest.mark.parametrize("package", ["graph", "schedule", "simulation", "planner", "tracking", "protocol"])
 def test_pure_package_loads_nothing_heavy(package: str) -> None:
     if not (_SOURCE / package / "__init__.py").exists():
         pytest.skip(f"{package} is not there")

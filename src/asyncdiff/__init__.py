@@ -22,25 +22,35 @@ if TYPE_CHECKING:
         WeightsLostError,
         WorkerError,
     )
-    from asyncdiff.pipeline import Handle, Plan, RunReport, parallelize, plan
+    from asyncdiff.pipeline import Handle, Plan, RunReport, from_pretrained, handle_of, parallelize, plan
+    from asyncdiff.planner import simulate
+    from asyncdiff.simulation import Machine
 
 _HOME = {
     "AsyncDiffError": "errors",
     "ConfigurationError": "errors",
     "Handle": "pipeline",
+    "Machine": "simulation",
     "ParallelizedError": "errors",
     "Plan": "pipeline",
     "RunReport": "pipeline",
     "UnsupportedDenoiserError": "errors",
     "WeightsLostError": "errors",
     "WorkerError": "errors",
+    "from_pretrained": "pipeline",
+    "handle_of": "pipeline",
     "parallelize": "pipeline",
     "plan": "pipeline",
+    "simulate": "planner",
 }
 
 __all__ = [  # noqa: RUF022 (by importance)
     "parallelize",
+    "from_pretrained",
     "plan",
+    "handle_of",
+    "simulate",
+    "Machine",
     "Handle",
     "Plan",
     "RunReport",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
 
+import asyncdiff
 from asyncdiff.cli.app import build_app
 from asyncdiff.cli.doctor import missing_packages, run_checks
 from asyncdiff.cli.failures import run
+from asyncdiff.demo import DEMO_MODEL, load_demo_pipeline
 from asyncdiff.launch.probe import ProbeResult, _run_all, round_trip
+from asyncdiff.tiny import tiny_pipeline
 
 CPU = [{"name": "cpu", "kind": "cpu", "cores": 2}]
 
@@ -60,3 +66,158 @@ def test_probe_that_hangs_ends_within_its_timeout() -> None:
     result = _run_all([[sys.executable, "-c", "import time; time.sleep(60)"]], 0.5)
     assert result == ProbeResult(False, result.seconds, "no answer within 0.5 s")
     assert result.seconds < 10
+
+
+def verdict_on(model: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """The exit code, and what was written."""
+    file = model.parent / "verdict.json"
+    code = run(build_app(), ["doctor", "--model", str(model), "--json", str(file), *options])
+    return code, json.loads(file.read_text())
+
+
+def test_demo_model_is_cut_where_parallelize_cuts_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(DEMO_MODEL)
+    code, verdict = verdict_on(model)
+    plan = asyncdiff.plan(load_demo_pipeline(), ["cpu", "cpu"])
+    assert plan.predictions is not None
+    assert code == 0
+    assert verdict["from_configs"]
+    assert verdict["denoisers"] == {"unet": "UNet2DConditionModel"}
+    assert [stage["num_blocks"] for stage in verdict["stages"]] == [len(names) for names in plan.stages]
+    assert verdict["stages"][0]["blocks"][0][0] == plan.stages[0][0]
+    assert verdict["stages"][1]["blocks"] == [[plan.stages[1][0], plan.stages[1][-1]]]
+    assert [stage["weight_bytes"] for stage in verdict["stages"]] == list(plan.predictions.parameter_bytes)
+    assert verdict["crossing_bytes_per_step"] == plan.predictions.crossing_bytes_per_step
+    printed = capsys.readouterr().out
+    assert plan.stages[1][-1] in printed
+
+
+def test_transformer_folder_is_judged_without_its_weights(tmp_path: Path) -> None:
+    model = tmp_path / "sd3"
+    tiny_pipeline("sd3").save_pretrained(model)
+    for weights in model.rglob("*.safetensors"):
+        weights.unlink()
+    code, verdict = verdict_on(model, "--stages", "3")
+    assert code == 0
+    assert verdict["from_configs"]
+    assert verdict["num_stages"] == len(verdict["stages"]) == 3
+    assert verdict["crossing_bytes_per_step"] > 0
+
+
+def test_more_stages_than_blocks_is_exit_code_1(tmp_path: Path) -> None:
+    model = tmp_path / "sd3"
+    tiny_pipeline("sd3").save_pretrained(model)
+    code, verdict = verdict_on(model, "--stages", "500")
+    assert code == 1
+    assert "Use fewer stages" in verdict["why_not"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "sdxl-inpainting",  # pictures to start from, and an autoencoder that the pipeline converts
+        *(
+            pytest.param(name, marks=pytest.mark.wide)
+            for name in ("x4-upscaler", "controlnet-sd15", "svd", "animatediff", "unconditional-ddpm")
+        ),
+    ],
+)
+def test_example_call_is_found_for_other_pipelines(family: str, tmp_path: Path) -> None:
+    model = tmp_path / family
+    tiny_pipeline(family).save_pretrained(model)
+    code, verdict = verdict_on(model)
+    assert code == 0
+    assert verdict["from_configs"]
+
+
+TOY = """
+import torch
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+
+class LooksAtItsBlocks(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, sample_size=8, in_channels=3):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+    def forward(self, sample, timestep, return_dict=True):
+        for block in self.blocks:
+            sample = block(sample)
+            if sample.mean() > 0:
+                sample = -sample
+        return UNet2DOutput(sample)
+"""
+
+
+def save_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Path:
+    (tmp_path / "toy_denoiser.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "toy_denoiser", raising=False)
+    toy = importlib.import_module("toy_denoiser")
+    model = tmp_path / "toy"
+    DDPMPipeline(unet=toy.LooksAtItsBlocks(**config), scheduler=DDPMScheduler()).save_pretrained(model)
+    return model
+
+
+def test_denoiser_in_the_way_is_named_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_toy(tmp_path, monkeypatch)
+    code, verdict = verdict_on(model)
+    assert code == 1
+    assert "denoiser itself" in verdict["why_not"]
+    assert "'blocks.0'" in verdict["why_not"]
+    assert verdict["denoisers"] == {"unet": "LooksAtItsBlocks"}
+    assert "'blocks.0'" in capsys.readouterr().out
+
+
+def test_weights_are_loaded_where_configs_are_not_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("a quantised network needs its files")
+
+    monkeypatch.setattr("asyncdiff.cli.model_check.load_without_weights", refuse)
+    model = tmp_path / "sd3"
+    tiny_pipeline("sd3").save_pretrained(model)
+    code, verdict = verdict_on(model)
+    assert code == 0
+    assert not verdict["from_configs"]
+    assert "Loading the weights" in capsys.readouterr().err
+
+
+def test_failed_example_call_is_told_from_a_module_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_toy(tmp_path, monkeypatch, sample_size=None)  # which the pipeline counts with
+    code, verdict = verdict_on(model)
+    assert code == 1
+    assert "an example call of the pipeline failed: TypeError" in verdict["why_not"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "here"], "no model_index.json"),
+        (["--model", "./nowhere"], "no such folder"),
+        (["--model", "here", "--stages", "1"], "--stages 1"),
+        (["--stages", "2"], "--model"),
+    ],
+)
+def test_what_is_no_pipeline_is_bad_usage(
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run(build_app(), ["doctor", *options]) == 2
+    assert said in capsys.readouterr().err

@@ -74,17 +74,24 @@ def weights_of(family: TinyPipeline, pipe: Any) -> dict[str, torch.Tensor]:
 
 
 def expected_bytes(handle: Handle) -> int:
-    """The wiring's figures times the schedules' sends, of the last run."""
-    installation = handle._installation
-    stages = installation.executor._rank_stages
+    """The wiring's figures times the schedules' sends, of the last run, over all denoisers.
+
+    Of rounds that a call has begun: Stable Cascade's loop leaves out the last timestep, and Wan 2.2's first
+    transformer those that the second is for.
+    """
+    installations = handle._division.installations
+    _, last_run = max(each.last_call for each in installations if each.last_call is not None)
     total = 0
-    for (run, _), state in installation._channels.items():
-        if run != installation._last_run:
-            continue
-        wiring = state.analysis.wiring
-        for op in (op for round_ in state.schedule.rounds for ops in round_.ops for op in ops):
-            if isinstance(op, Send):
-                total += wiring.num_bytes(op.value.segment, stages[op.to_rank])
-            elif isinstance(op, SendPrediction):
-                total += wiring.prediction_bytes
+    for installation in installations:
+        stages = installation.executor._rank_stages
+        for (run, _), state in installation._channels.items():
+            if run != last_run:
+                continue
+            wiring = state.analysis.wiring
+            begun = [round_ for round_ in state.schedule.rounds if round_.first_step in state.arguments]
+            for op in (op for round_ in begun for ops in round_.ops for op in ops):
+                if isinstance(op, Send):
+                    total += wiring.num_bytes(op.value.segment, stages[op.to_rank])
+                elif isinstance(op, SendPrediction):
+                    total += wiring.prediction_bytes
     return total

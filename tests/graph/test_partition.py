@@ -92,6 +92,26 @@ def test_wrong_partitions_are_refused(kind: str, stages: tuple, message: str) ->
         Partition(kind, stages).segments(make_graph(CHAIN))
 
 
+@pytest.mark.parametrize(
+    ("kind", "stages", "segments"),
+    [
+        ("chain", ((A, B, C), (), (D, E)), [(0, (A, B, C)), (1, ()), (2, (D, E))]),
+        ("chain", ((), (A, B, C, D, E)), [(0, ()), (1, (A, B, C, D, E))]),
+        ("nested", ((A, E), (), (B, C, D)), [(0, (A,)), (1, ()), (2, (B, C, D)), (0, (E,))]),
+        ("nested", ((A, B), (C, D, E)), [(0, (A, B)), (1, (C, D, E)), (0, ())]),
+    ],
+)
+def test_stages_that_may_idle_keep_their_place(kind: str, stages: tuple, segments: list) -> None:
+    found = Partition(kind, stages, may_idle=True).segments(make_graph(CHAIN))
+    assert [(segment.stage, segment.blocks) for segment in found] == segments
+    assert [segment.index for segment in found] == list(range(len(segments)))
+
+
+def test_stages_that_may_idle_are_visited_in_order() -> None:
+    with pytest.raises(ConfigurationError, match=re.escape("but this one visits [2, 0]")):
+        Partition("chain", ((D, E), (), (A, B, C)), may_idle=True).segments(make_graph(CHAIN))
+
+
 def some_of(names: str, data: st.DataObject) -> str:
     return "".join(data.draw(st.sets(st.sampled_from(names))))
 

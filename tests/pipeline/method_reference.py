@@ -6,6 +6,8 @@ they are (a version that was written down, or the line through two). Slow and si
 
 Letters: N stages, S stride, w warm-up steps, T steps; b the first step of a round, q a step of it; E and Z
 the blocks of the outer stage of a nested split before and after the inner ones.
+
+Steps are places in the noise scheduler's timesteps: those of second-order ones are evaluations.
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ from torch.utils._pytree import tree_map
 
 class Reference:
     """The forward of `denoiser` as N + S - 1 devices would give it. `stages[k]`: names of the blocks of stage
-    k."""
+    k; `begin`: where in the noise scheduler's timesteps the run begins; `num_scaled`: how many of the input's
+    channels (None: all) the noise scheduler scales, in dim `channel_dim`."""
 
     def __init__(
         self, denoiser: nn.Module, noise_scheduler: Any, stages: list[list[str]], *, nested: bool = False,
-        S: int = 1, w: int = 1, time_shift: bool = False, forecast: bool = True,
+        S: int = 1, w: int = 1, time_shift: bool = False, forecast: bool = True, begin: int = 0,
+        num_scaled: int | None = None, channel_dim: int = 1,
     ) -> None:  # fmt: skip
         self.denoiser = denoiser
         self.forward = type(denoiser).forward.__get__(denoiser)
         self.noise_scheduler = noise_scheduler
         self.stages, self.nested = stages, nested
         self.S, self.w, self.time_shift, self.forecast = S, w, time_shift, forecast
+        self.begin, self.num_scaled, self.channel_dim = begin, num_scaled, channel_dim
+        self.c_in: list[float] = []
         self.names = [name for names in stages for name in names]
         self.latents_name = next(iter(inspect.signature(self.forward).parameters))
         self.step = 0
@@ -45,6 +51,8 @@ class Reference:
         sample, timestep = conditions.pop(self.latents_name), conditions.pop("timestep")
         s, self.step = self.step, self.step + 1
         self.timestep_shape = timestep.shape
+        if s == 0:
+            self.c_in = input_scales(self.noise_scheduler, self.begin)
         if s < self.w:
             produced, prediction = self.evaluate(self.names, sample, timestep, conditions, self.nothing)
             self.keep(s, produced)
@@ -55,7 +63,7 @@ class Reference:
 
     def run_round(self, b: int, sample: torch.Tensor, conditions: dict[str, Any]) -> None:
         """Section 3 (chain) and section 6 (nested): all reads are of earlier rounds, but those of E."""
-        steps = range(b, min(b + self.S, len(self.noise_scheduler.timesteps)))
+        steps = range(b, min(b + self.S, len(self.noise_scheduler.timesteps) - self.begin))
         produced: dict[str, Any] = {}
         predicting = self.stages[0] if self.nested else self.stages[-1]
         for q in steps:
@@ -133,17 +141,29 @@ class Reference:
 
     def timestep(self, q: int) -> torch.Tensor:
         """Section 4."""
-        return self.noise_scheduler.timesteps[q - 1 if self.time_shift else q]
+        return self.noise_scheduler.timesteps[self.begin + (q - 1 if self.time_shift else q)]
 
     def scaled(self, sample: torch.Tensor, b: int, q: int) -> torch.Tensor:
-        """Section 3, noise schedulers that scale the input by c_in = 1 / sqrt(sigma^2 + 1)."""
-        scales = hasattr(self.noise_scheduler, "scale_model_input") and hasattr(
-            self.noise_scheduler, "sigmas"
-        )
-        if not scales or q == b:
+        """Section 3, noise schedulers that scale the input by a factor of the step."""
+        if self.c_in[q] == self.c_in[b]:
             return sample
-        c_b, c_q = (1 / float((self.noise_scheduler.sigmas[i] ** 2 + 1) ** 0.5) for i in (b, q))
-        return sample * (c_q / c_b)
+        n = sample.shape[self.channel_dim] if self.num_scaled is None else self.num_scaled
+        latents, others = sample.split([n, sample.shape[self.channel_dim] - n], self.channel_dim)
+        return torch.cat([latents * (self.c_in[q] / self.c_in[b]), others], self.channel_dim)
+
+
+def input_scales(noise_scheduler: Any, begin: int) -> list[float]:
+    """By what the loop of a pipeline multiplies its latents, step by step: found by walking a copy of the
+    noise scheduler through all its steps."""
+    walker, factors = copy.deepcopy(noise_scheduler), []
+    if not hasattr(walker, "scale_model_input"):
+        return [1.0] * (len(walker.timesteps) - begin)
+    with torch.random.fork_rng():
+        latents = torch.zeros(1, 4, 2, 2)
+        for t in walker.timesteps[begin:]:
+            factors.append(float(walker.scale_model_input(torch.ones(1, dtype=torch.float64), t)))
+            latents = walker.step(torch.zeros_like(latents), t, latents, return_dict=False)[0]
+    return factors
 
 
 def is_forecast(leaf: Any) -> bool:

@@ -60,8 +60,8 @@ def test_structures_are_analysed_once() -> None:
         for _ in range(2):
             generate(pipe, steps=8)
             generate(pipe, steps=8, guidance=1.0)
-        assert len(handle._installation._analyses) == 2
-        assert next(handle._installation._analysis_numbers) == 2
+        assert len(handle._division.installations[0]._analyses) == 2
+        assert next(handle._division.installations[0]._analysis_numbers) == 2
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
@@ -91,8 +91,8 @@ def test_replaced_noise_schedulers_are_let_go() -> None:
             generate(pipe, steps=5)
         gc.collect()
         assert old() is None
-        assert len(handle._installation._channels) == 1
-        assert len(handle._installation.executor._interpreters[0]._states) == 1
+        assert len(handle._division.installations[0]._channels) == 1
+        assert len(handle._division.installations[0].executor._interpreters[0]._states) == 1
 
 
 def test_pndm_is_placed_step_by_step() -> None:
@@ -123,7 +123,7 @@ def test_guidance_turned_off_in_mid_run_warms_up_again(at: int) -> None:
     pipe = sd()
     with asyncdiff.parallelize(pipe, **DIVISION) as handle:
         generate(pipe, steps=10, **turn_guidance_off(at))
-        rounds = {r.first_step for r in handle._installation.executor._interpreters[0]._records}
+        rounds = {r.first_step for r in handle._division.installations[0].executor._interpreters[0]._records}
         # In order the steps before and after, whichever step of a round this was: two each.
         assert {0, 1, at + 1, at + 2} <= rounds
         assert at + 4 not in rounds or at + 3 in rounds

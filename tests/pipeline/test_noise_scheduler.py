@@ -34,6 +34,7 @@ from asyncdiff.pipeline.noise_scheduler import (
     new_tracker,
     num_timesteps_of,
     same_timestep,
+    scaled_inputs_of,
     timesteps_of,
     unwatch,
     watch,
@@ -234,7 +235,7 @@ def test_copy_is_unwatched_and_steps_for_itself(copied: Any) -> None:
     scheduler, tracker = EulerDiscreteScheduler(), new_tracker()
     watch(scheduler, tracker)
     scheduler.set_timesteps(4)
-    names = set(scheduler.__dict__) - {"set_timesteps", "step", "__getstate__"}
+    names = set(scheduler.__dict__) - {"set_timesteps", "step", "scale_model_input", "__getstate__"}
     other = copied(scheduler)
     assert set(other.__dict__) == names
     assert not is_watched(other)
@@ -292,6 +293,23 @@ def test_noise_scheduler_watched_in_the_middle_of_a_run_opens_none() -> None:
     scheduler.set_timesteps(4)
     watch(scheduler, tracker)
     assert not tracker.place().placed
+
+
+def test_scaled_inputs_are_those_since_the_last_step() -> None:
+    scheduler, tracker = EulerDiscreteScheduler(), new_tracker()
+    assert scaled_inputs_of(scheduler) == ()
+    watch(scheduler, tracker)
+    scheduler.set_timesteps(4)
+    for t in scheduler.timesteps:
+        results = [scheduler.scale_model_input(torch.ones(n, 1), t) for n in (2, 1)]
+        assert all(a is b for a, b in zip(scaled_inputs_of(scheduler), results, strict=True))
+        scheduler.step(torch.zeros(1, 1), t, torch.zeros(1, 1))
+        assert scaled_inputs_of(scheduler) == ()
+    scheduler.scale_model_input(torch.ones(1, 1), scheduler.timesteps[-1])
+    scheduler.set_timesteps(4)
+    assert scaled_inputs_of(scheduler) == ()
+    unwatch(scheduler, tracker)
+    assert "scale_model_input" not in scheduler.__dict__
 
 
 def test_step_that_raises_is_not_reported() -> None:
@@ -369,7 +387,8 @@ def test_begin_index_is_the_pipelines_else_the_first_match_less_the_steps_before
     assert begin_index_of(euler, euler.timesteps[2]) == 4
     pndm.set_timesteps(10)
     assert pndm.timesteps[1] == pndm.timesteps[2]
-    assert begin_index_of(pndm, pndm.timesteps[2]) == 1
+    assert begin_index_of(pndm, pndm.timesteps[2].clone()) == 1
+    assert begin_index_of(pndm, pndm.timesteps[2:][0].expand(2)) == 2, "a view of the timesteps tells more"
     assert begin_index_of(pndm, pndm.timesteps[6].expand(2)) == 6
     assert begin_index_of(pndm, pndm.timesteps[6], step=2) == 4
     assert begin_index_of(pndm, pndm.timesteps[6] / 1000) == 0

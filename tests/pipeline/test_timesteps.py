@@ -18,7 +18,13 @@ from diffusers import (
 
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.pipeline.noise_scheduler import new_tracker, watch
-from asyncdiff.pipeline.timesteps import TimestepMap, input_scale, other_step_names, timestep_name
+from asyncdiff.pipeline.timesteps import (
+    TimestepMap,
+    input_scale,
+    other_step_names,
+    scaled_part,
+    timestep_name,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -214,11 +220,7 @@ def test_input_scale_ahead_is_the_one_the_loop_applies(name: str, t_start: int) 
     scheduler.set_timesteps(6)
     ahead = {index: input_scale(scheduler, index) for index in range(len(scheduler.timesteps))}
     true = true_scales(scheduler, t_start)
-    known = {index: ahead[index] for index in true if ahead[index] is not None}
-    assert known == {index: true[index] for index in known}
-    unknown = [index for index in true if ahead[index] is None]
-    assert not unknown or name == "DPMSolverSDEScheduler"
-    assert all(index % 2 == 1 for index in unknown)
+    assert {index: ahead[index] for index in true} == true
 
 
 @pytest.mark.parametrize("name", SCALING)
@@ -260,6 +262,26 @@ def test_input_scale_without_the_method_is_1() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(4)
     assert input_scale(scheduler, 2) == 1.0
+
+
+def test_latents_are_what_the_input_begins_with() -> None:
+    latents, others = torch.rand(2, 4, 3, 3), torch.rand(2, 5, 3, 3)
+    assert scaled_part(latents, [torch.rand(1, 4, 3, 3), latents]) == (0, 2)
+    assert scaled_part(latents.clone(), [latents]) == (0, 2)
+    assert scaled_part(latents.half(), [latents]) == (0, 2)
+    assert scaled_part(torch.cat([latents, others], 1), [latents]) == (1, 4)
+    frames = torch.rand(1, 6, 4, 3, 3)
+    assert scaled_part(torch.cat([frames, torch.rand(1, 6, 4, 3, 3)], 2), [frames]) == (2, 4)
+
+
+def test_latents_that_are_elsewhere_are_not_found() -> None:
+    latents, others = torch.rand(2, 4, 3, 3), torch.rand(2, 5, 3, 3)
+    for model_input in (
+        torch.cat([others, latents], 1), torch.cat([latents] * 2), latents * 2, latents[:1], latents[None],
+        latents[:, :3],
+    ):  # fmt: skip
+        assert scaled_part(model_input, [latents]) is None
+    assert scaled_part(latents, []) is None
 
 
 @pytest.mark.parametrize("index", [-1, 4])

@@ -17,10 +17,10 @@ from asyncdiff.planner import (
     glue_seconds,
     make_plan,
     partition_by_names,
-    simulate_plan,
+    simulate,
 )
 from asyncdiff.planner.costs import rates_of
-from asyncdiff.simulate import Machine
+from asyncdiff.simulation import Machine
 
 PATHS = ("conv_in", "down.0.resnets.0", "down.0.attn", "down.1.resnets.0", "mid", "up.0", "up.0", "conv_out")
 
@@ -202,14 +202,14 @@ def test_a_plan_can_be_simulated(graph: BlockGraph) -> None:
         graph, blocks=tuple(dataclasses.replace(each, seconds=1.0) for each in graph.blocks)
     )
     plan = make_plan(measured, Settings(2), ["cpu", "cpu"])
-    assert simulate_plan(plan, Machine((1.0, 1.0)), num_steps=5).step_seconds == (8.0, 4.0, 4.0, 4.0, 4.0)
-    assert simulate_plan(plan, Machine((0.5, 0.5)), num_steps=5).total_s == 48.0
+    assert simulate(plan, Machine((1.0, 1.0)), num_steps=5).step_seconds == (8.0, 4.0, 4.0, 4.0, 4.0)
+    assert simulate(plan, Machine((0.5, 0.5)), num_steps=5).total_s == 48.0
     # 8 bytes cross in order, at 1 byte/s.
     slow = Machine((1.0, 1.0), bandwidth_bytes_per_s=1.0)
-    assert simulate_plan(plan, slow, num_steps=1).step_seconds == (16.0,)
-    assert simulate_plan(Plan.from_json(plan.to_json()), slow, num_steps=1).total_s == 16.0
+    assert simulate(plan, slow, num_steps=1).step_seconds == (16.0,)
+    assert simulate(Plan.from_json(plan.to_json()), slow, num_steps=1).total_s == 16.0
     with pytest.raises(ConfigurationError, match="no predictions"):
-        simulate_plan(dataclasses.replace(plan, predictions=None), slow, num_steps=1)
+        simulate(dataclasses.replace(plan, predictions=None), slow, num_steps=1)
 
 
 def test_measured_seconds_count_where_all_blocks_have_them(graph: BlockGraph) -> None:

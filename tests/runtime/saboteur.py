@@ -38,6 +38,11 @@ def _fail() -> None:
     raise RuntimeError("sabotage")
 
 
+def _fail_late() -> None:
+    time.sleep(3.0)
+    _fail()
+
+
 def _interrupt_parent() -> None:
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(0.3)
@@ -45,6 +50,7 @@ def _interrupt_parent() -> None:
 
 ACTIONS: dict[str, Callable[[], None]] = {
     "fail": _fail,
+    "fail late": _fail_late,
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "interrupt driver": _interrupt_parent,

@@ -144,7 +144,7 @@ def test_weights_that_no_file_gives_back_are_named(orders: Path) -> None:
         WorkerError, match=r"rank 1 .* ended unexpectedly at step 0, while the driver was waiting"
     ):
         generate(pipe)
-    with pytest.raises(WeightsLostError, match="tensors of the denoiser"):
+    with pytest.raises(WeightsLostError, match="tensors of unet were held"):
         handle.remove()
     assert not is_running(handle.workers[0].pid)
     again = tiny_pipeline()

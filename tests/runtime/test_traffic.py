@@ -22,7 +22,7 @@ NUM_STEPS = 6
 
 def expected_bytes(handle: Handle) -> int:
     """The wiring's figures times the schedule's sends, of the only run so far."""
-    installation = handle._installation
+    installation = handle._division.installations[0]
     (state,) = installation._channels.values()
     wiring, stages = state.analysis.wiring, installation.executor._rank_stages
     total = 0
@@ -41,7 +41,7 @@ class Tap:
     def __init__(self, handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
         self.inputs: Counter[str] = Counter()
         self.state_bytes = 0
-        transport = handle._installation.executor._transport
+        transport = handle._division.installations[0].executor._transport
         self._send = transport.send
         monkeypatch.setattr(transport, "send", self.send)
 
@@ -100,15 +100,17 @@ def test_inputs_written_in_place_are_sent_again(monkeypatch: pytest.MonkeyPatch)
 def test_no_state_is_kept_of_runs_that_are_over() -> None:
     pipe = tiny_pipeline()
     with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain") as handle:
-        executor = handle._installation.executor
+        installation = handle._division.installations[0]
+        executor = installation.executor
         for _ in range(4):
             generate(pipe)
+        (last,) = {run for run, _ in installation._channels}
         interpreter = executor._interpreter
         assert len(interpreter._states) == 1
         assert len(interpreter._predictions) == 0
-        assert {record.run for record in interpreter._records} == {3}
-        assert {run for _, run, _ in executor._last_inputs} == {3}
-        assert {record.run for report in executor.reports(None) for record in report.rounds} == {3}
+        assert {record.run for record in interpreter._records} == {last}
+        assert {run for _, run, _ in executor._last_inputs} == {last}
+        assert {record.run for report in executor.reports(None) for record in report.rounds} == {last}
 
 
 def test_each_process_holds_its_own_weights_only() -> None:
@@ -120,7 +122,7 @@ def test_each_process_holds_its_own_weights_only() -> None:
     plain = generate(pipe)
     handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 3)
     generate(pipe)
-    (analysis,) = handle._installation._analyses.values()
+    ((analysis,),) = handle._division.installations[0]._analyses.values()
     expected = [sum(sizes[name] for name in analysis.specs[stage].tensors) for stage in range(3)]
     stand_in = next(pipe.unet.parameters()).element_size()  # one element, for `.device`
     held = handle.last_run.weight_bytes

@@ -10,7 +10,7 @@ import torch
 from denoisers import BY_NAME, CASES, Case, build, controlnet_inputs, unet_inputs, unet_small
 from splitting import Split, assert_bitwise, cut, inputs_of, specs_of, whole
 
-from asyncdiff.graph import crossing_atoms
+from asyncdiff.graph import BlockKey, Partition, crossing_atoms
 from asyncdiff.stage import stage_spec
 from asyncdiff.trace import find_blocks, flatten_inputs, record, reown
 from asyncdiff.weights import dump_skeleton, load_skeleton
@@ -132,6 +132,25 @@ def test_skip_layers_of_sd3_run_on_the_same_replicas():
     again = prepare_again(split, module, graph, partition, second)
     for key, kwargs in ((again, second), ("key", first)):
         assert_bitwise(split.run(inputs_of(module, kwargs), key), whole(module, kwargs))
+
+
+def test_a_stage_whose_layers_are_all_skipped_idles():
+    """Skip-layer guidance leaves out layers 2 and 3, which are all that the middle stage has."""
+    case = BY_NAME["SD3"]
+    module = build(case)
+    first = case.inputs(2, 16)
+    skipping = first | {"skip_layers": [2, 3]}
+    recording = recorded(module, first)
+    layers = [f"transformer_blocks.{i}" for i in range(6)]
+    graph = find_blocks(recording, block_paths=layers)
+    keys = [block.key for block in graph.blocks]
+    at = keys.index(BlockKey("transformer_blocks.2"))
+    partition = Partition("chain", (tuple(keys[:at]), tuple(keys[at : at + 2]), tuple(keys[at + 2 :])))
+    again = recorded(module, skipping)
+    other = find_blocks(again, block_paths=layers)
+    specs = specs_of(again, other, reown(partition, other))
+    assert (specs[1].reads, specs[1].emits) == ({1: ()}, ())
+    assert crossing_atoms(other, reown(partition, other).segments(other)).keys() == {(0, 2)}
 
 
 def test_latents_go_only_to_the_stages_that_read_them():

@@ -11,6 +11,7 @@ from splitting import Split, assert_bitwise, cut, inputs_of, whole
 from asyncdiff.graph import BlockKey, Partition
 from asyncdiff.trace import call_costs, find_blocks, record, reown
 from asyncdiff.trace.opening import BALANCE, _fits, _fits_nested
+from asyncdiff.weights import dump_skeleton, load_skeleton
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +125,17 @@ def test_a_block_without_owner_joins_the_one_before(sd21):
     keys = [block.key for block in graph.blocks]
     old = Partition("chain", (tuple(keys[:3]), tuple(keys[5:])))  # two were not called in the old structure
     assert reown(old, graph).stages == (tuple(keys[:5]), tuple(keys[5:]))
+
+
+def test_what_hangs_together_is_one_candidate():
+    """HiDream's experts cannot be separated: values decide which of them are called. What is beside them
+    can."""
+    module = build(BY_NAME["HiDream"])
+    inputs = inputs_of(module, BY_NAME["HiDream"].inputs(1, 16))
+    recording = record(load_skeleton(dump_skeleton(module), {}), inputs, device="cpu")
+    paths = {key.path for key in call_costs(recording)}
+    block = "double_stream_blocks.0.block"
+    assert {block, f"{block}.attn1", f"{block}.ff_i", f"{block}.ff_t"} <= paths
+    assert not any(path.startswith(f"{block}.ff_i.") for path in paths)
+    finest = find_blocks(recording, block_paths=sorted(paths - {block, "double_stream_blocks.0"}))
+    assert f"{block}.ff_i" in {item.key.path for item in finest.blocks}

@@ -45,6 +45,32 @@ class Branches(Toy):
         return sample if sample.mean() > 0 else -sample
 
 
+class Peeks(Toy):
+    """Its glue does by the latents, which are others at every step."""
+
+    def step(self, layer, sample):
+        return layer(sample)
+
+    def forward(self, sample):
+        scale = 2.0 if sample.mean() > 0 else 1.0
+        return super().forward(sample) * scale
+
+
+class Calibrated(Toy):
+    """Looks at the values of a weight."""
+
+    def step(self, layer, sample):
+        assert layer.linear.weight.std() > 0
+        return layer(sample)
+
+
+class Hurries(Toy):
+    """Leaves out what it does by the timestep."""
+
+    def forward(self, sample, timestep):
+        return super().forward(sample) if timestep > 500 else self.layers[0](sample)
+
+
 class Lists(Toy):
     def step(self, layer, sample):
         return layer(sample) * float(torch.tensor(layer(sample).tolist()).sum())
@@ -187,6 +213,7 @@ def blocks_of(module, num_stages=2, live=True):
     [
         (Branches, "denoiser itself", "looks at the values of a block's output"),
         (Lists, "denoiser itself", "looks at the values of a block's output"),
+        (Peeks, "denoiser itself", "looks at the values of the latents"),
         (Side, "layers.0", "by a side door"),
         (Appending, "layers.0", "by a side door"),
         (Counting, "layers.0", "writes in place into a parameter, buffer or input"),
@@ -205,6 +232,14 @@ def test_is_refused_by_name(toy, module_named, reason):
     assert reason in str(refusal.value)
 
 
+def test_a_timestep_that_steers_is_refused():
+    module = Hurries()
+    inputs = inputs_of(module, {"sample": torch.randn(2, 8), "timestep": torch.tensor(999.0)})
+    recording = record(module, inputs, device="cpu", live=True)
+    with pytest.raises(UnsupportedDenoiserError, match="value of its input 'timestep'"):
+        find_blocks(recording, 2)
+
+
 def test_too_few_blocks_are_refused_with_the_number():
     with pytest.raises(UnsupportedDenoiserError, match=r"num_stages=5 .* only be cut into 4"):
         blocks_of(Toy(), 5)
@@ -214,9 +249,19 @@ def test_dropout_in_eval_mode_is_no_randomness():
     assert len(blocks_of(Toy(DroppingLayer).eval()).blocks) == 4
 
 
-def test_a_forward_that_looks_at_activations_needs_the_loaded_model():
+@pytest.mark.parametrize("toy", [Branches, Lists, Side, Noisy])
+def test_is_refused_for_the_same_reason_without_weights(toy):
+    with pytest.raises(UnsupportedDenoiserError) as refusal:
+        blocks_of(toy())
+    with pytest.raises(UnsupportedDenoiserError) as weightless_refusal:
+        blocks_of(toy(), live=False)
+    assert str(weightless_refusal.value) == str(refusal.value)
+
+
+def test_a_forward_that_looks_at_weights_needs_the_loaded_model():
     with pytest.raises(UnsupportedDenoiserError, match="without its weights"):
-        blocks_of(Branches(), live=False)
+        blocks_of(Calibrated(), live=False)
+    assert len(blocks_of(Calibrated()).blocks) == 4
 
 
 def test_a_denoiser_called_without_tensors_is_refused():

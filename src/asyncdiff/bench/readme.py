@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-_START = "<!-- measured:"
+_START = "<!-- measured{name}:"
 _END = "<!-- /measured -->"
 
 
@@ -37,14 +37,14 @@ def measured_table(demo: dict[str, Any], step: dict[str, Any]) -> str:
     return "\n".join([*rows, "", machine])
 
 
-def replace_measured(readme: str, table: str) -> str:
-    """`readme` with what stands between the markers replaced; `ValueError` if they are not there."""
-    pattern = re.compile(rf"({re.escape(_START)}[^\n]*\n).*?({re.escape(_END)})", re.DOTALL)
+def replace_measured(readme: str, table: str, name: str = "") -> str:
+    """`readme` with what stands between the markers replaced; `ValueError` if they are not there. `name`:
+    tells several tables of a page apart."""
+    start = _START.format(name=f" {name}" if name else "")
+    pattern = re.compile(rf"({re.escape(start)}[^\n]*\n).*?({re.escape(_END)})", re.DOTALL)
     replaced, count = pattern.subn(lambda found: f"{found[1]}{table}\n{found[2]}", readme)
     if count != 1:
-        raise ValueError(
-            f"The markers {_START} ... --> and {_END} must be there once, but are {count} times."
-        )
+        raise ValueError(f"The markers {start} ... --> and {_END} must be there once, but are {count} times.")
     return replaced
 
 

@@ -1,4 +1,4 @@
-"""`asyncdiff doctor`: what is here, what works here, and what to install."""
+"""`asyncdiff doctor`: what is here, what works here, what to install; and whether a model can be divided."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from asyncdiff.bench.progress import Progress
 from asyncdiff.cli import arguments
+from asyncdiff.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,52 @@ class Check:
     note: str
 
 
-def doctor(json_file: arguments.JsonOption = None, debug: arguments.DebugOption = False) -> None:
-    """Show versions and devices, and try out what works on this machine (exit code 1 if nothing does)."""
-    arguments.check_writable("--json", json_file, (".json",))
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="ID|FOLDER",
+            help="Instead: whether this pipeline's denoiser can be divided, and where it would be cut.",
+        ),
+    ] = None,
+    stages: Annotated[
+        int | None, typer.Option("--stages", metavar="N", help="With --model: parts to cut it into (2).")
+    ] = None,
+    json_file: arguments.JsonOption = None,
+    debug: arguments.DebugOption = False,
+) -> None:
+    """Show versions and devices, and try out what works on this machine (exit code 1 if nothing does).
 
+    With --model: exit code 0 if the denoiser can be divided, 1 if not. Its weights are loaded only where the
+    configs do not settle it.
+    """
+    arguments.check_writable("--json", json_file, (".json",))
+    arguments.check_at_least("--stages", stages, 2)
+    if model is not None:
+        arguments.check_model(model)
+        _show_verdict(model, stages or 2, json_file)
+    elif stages is not None:
+        raise ConfigurationError(f"--stages {stages}: is for --model, which was not given.")
+    else:
+        _show_machine(json_file)
+
+
+def _show_verdict(model: str, num_stages: int, json_file: Path | None) -> None:
+    from asyncdiff.cli.console import print_table, progress, quiet_libraries
+    from asyncdiff.cli.model_check import check_model
+
+    quiet_libraries()
+    with progress(f"Looking at {model}") as report:
+        verdict = check_model(model, num_stages, report)
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(verdict), indent=2) + "\n")
+    print_table(model, verdict.rows())
+    if not verdict.can_be_divided:
+        raise typer.Exit(1)
+
+
+def _show_machine(json_file: Path | None) -> None:
     from asyncdiff.bench.environment import describe_environment
     from asyncdiff.cli.console import print_table, progress
 

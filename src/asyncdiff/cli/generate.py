@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import random
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import typer
 from asyncdiff.bench.progress import Progress
 from asyncdiff.cli import arguments
 from asyncdiff.cli.arguments import Dtype, Split
+from asyncdiff.cli.failures import first_sentence
 from asyncdiff.errors import AsyncDiffError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -226,15 +226,9 @@ def load_pipeline(model: str | None, dtype: Dtype, device: str) -> Any:
 
             pipe = DiffusionPipeline.from_pretrained(str(Path(model).expanduser()), dtype=torch_dtype)
     except (OSError, ValueError) as error:
-        raise AsyncDiffError(f"Cannot load --model {model or '(demo)'}: {_first_sentence(error)}") from error
+        raise AsyncDiffError(f"Cannot load --model {model or '(demo)'}: {first_sentence(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe if kind == "cpu" else pipe.to(device)
-
-
-def _first_sentence(error: Exception) -> str:
-    """diffusers' and the hub's messages go on for a page, about stack traces that we do not show."""
-    sentence = re.split(r"(?<=\.)\s", " ".join(str(error).split()), maxsplit=1)[0]
-    return re.sub(r"^Cannot load model \S+: ", "", sentence)
 
 
 def _run_parallel(

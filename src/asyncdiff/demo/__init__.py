@@ -24,7 +24,7 @@ def load_demo_pipeline(torch_dtype: "torch.dtype | None" = None) -> "StableDiffu
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        DEMO_MODEL, torch_dtype=torch_dtype or torch.float32, local_files_only=True
+        DEMO_MODEL, dtype=torch_dtype or torch.float32, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

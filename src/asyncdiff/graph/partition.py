@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from asyncdiff.errors import ConfigurationError
@@ -14,7 +15,7 @@ class Segment:
     """A maximal run, in execution order, of blocks on one stage.
 
     A chain has one segment per stage; a nested split has two on stage 0 (E before and Z after the inner
-    stages).
+    stages). Without blocks where the stage is idle.
     """
 
     index: int
@@ -27,11 +28,14 @@ class Partition:
     """Block -> stage. `stages[k]` lists the blocks of stage k in execution order.
 
     `kind` is `"chain"` (contiguous in execution order) or `"nested"` (stage 0 holds the first and the last
-    blocks, the others a chain between them; docs/method.md section 6).
+    blocks, the others a chain between them; docs/method.md section 6). `may_idle`: stages may be without
+    blocks: calls of another structure than the one that the stages were made for may skip all of a stage's
+    (skip-layer guidance).
     """
 
     kind: str
     stages: tuple[tuple[BlockKey, ...], ...]
+    may_idle: bool = field(default=False, compare=False)
 
     @property
     def num_stages(self) -> int:
@@ -50,13 +54,14 @@ class Partition:
         """The segments in execution order; `ConfigurationError` if a block is missing, unknown or repeated or
         if the stages are not in the order that `kind` says."""
         self.validate(graph)
-        runs: list[tuple[int, list[BlockKey]]] = []
+        order = self._expected_order()
+        blocks: list[list[BlockKey]] = [[] for _ in order]
+        index = 0
         for block in graph.blocks:
-            stage = self.stage_of[block.key]
-            if not runs or runs[-1][0] != stage:
-                runs.append((stage, []))
-            runs[-1][1].append(block.key)
-        return tuple(Segment(i, stage, tuple(keys)) for i, (stage, keys) in enumerate(runs))
+            while order[index] != self.stage_of[block.key]:
+                index += 1
+            blocks[index].append(block.key)
+        return tuple(Segment(i, order[i], tuple(keys)) for i, keys in enumerate(blocks))
 
     def validate(self, graph: BlockGraph) -> None:
         """Every block on exactly one stage, in the order that `kind` says."""
@@ -71,10 +76,10 @@ class Partition:
                     f"The partition {what} block{'s' * (len(names) > 1)} {', '.join(names[:5])}"
                     f"{' ...' * (len(names) > 5)}. Every block must be on exactly one stage."
                 )
-        if empty:
+        if empty and not self.may_idle:
             raise ConfigurationError(f"Stage {empty[0]} of the partition has no block. Use fewer stages.")
-        order = [stage for stage, _ in self._stage_runs(graph)]
-        if order != self._expected_order():
+        order = self._stage_runs(graph)
+        if order != self._expected_order() and not (self.may_idle and self._is_in_order(order)):
             raise ConfigurationError(
                 f"A {self.kind} partition of {self.num_stages} stages must visit them in the order "
                 f"{self._expected_order()} of execution, but this one visits {order}."
@@ -84,13 +89,13 @@ class Partition:
         chain = list(range(self.num_stages))
         return [*chain, 0] if self.kind == "nested" and self.num_stages > 1 else chain
 
-    def _stage_runs(self, graph: BlockGraph) -> list[tuple[int, int]]:
-        runs: list[tuple[int, int]] = []
-        for i, block in enumerate(graph.blocks):
-            stage = self.stage_of[block.key]
-            if not runs or runs[-1][0] != stage:
-                runs.append((stage, i))
-        return runs
+    def _is_in_order(self, stages: list[int]) -> bool:
+        """Whether these are the expected ones, some left out."""
+        expected = iter(self._expected_order())
+        return all(stage in expected for stage in stages)
+
+    def _stage_runs(self, graph: BlockGraph) -> list[int]:
+        return [stage for stage, _ in itertools.groupby(self.stage_of[block.key] for block in graph.blocks)]
 
 
 def crossing_atoms(

@@ -30,7 +30,8 @@ _FINE_SHARE = 0.2
 class Analysis:
     """One input structure: its graph, partition, the stages' specs and what crosses between them.
 
-    `number`: how messages refer to it.
+    `number`: how messages refer to it. `steering`: the inputs whose values decided what the recorded forward
+    did, with these values; calls with others need an analysis of their own.
     """
 
     number: int
@@ -38,6 +39,12 @@ class Analysis:
     partition: Partition
     specs: Mapping[int, StageSpec]
     wiring: Wiring
+    steering: Mapping[str, torch.Tensor]
+
+    def covers(self, inputs: Inputs) -> bool:
+        """Whether the recorded forward is also that of these inputs, which are of the same structure."""
+        given = inputs.tensors()
+        return all(torch.equal(given[name], recorded) for name, recorded in self.steering.items())
 
     @property
     def output(self) -> OutputSpec:
@@ -52,7 +59,8 @@ class Analysis:
 def record_call(
     denoiser: nn.Module, skeleton: Skeleton, inputs: Inputs, device: torch.device, *, weights_at_hand: bool
 ) -> Recording:
-    """Record a call on a weightless copy; on the live denoiser only where values decide what it does."""
+    """Record a call on a weightless copy; on the live denoiser only where values of weights decide what it
+    does."""
     try:
         return record(load_skeleton(skeleton, {}), inputs, device=device)
     except UnsupportedDenoiserError:
@@ -123,21 +131,27 @@ def _fine_blocks(
     return find_blocks(recording, block_paths=paths, seconds=seconds)
 
 
-def analyse(number: int, recording: Recording, plan: Plan) -> Analysis:
-    """The analysis of the first recorded call under a plan."""
+def analyse(number: int, recording: Recording, inputs: Inputs, plan: Plan) -> Analysis:
+    """The analysis of the first call, recorded with `inputs`, under a plan."""
     graph = find_blocks(recording, block_paths=_paths(plan.stages))
-    return _analysis(number, recording, graph, plan.partition(graph))
+    return _analysis(number, recording, inputs, graph, plan.partition(graph))
 
 
-def analyse_again(number: int, recording: Recording, plan: Plan, owners: Partition) -> Analysis:
+def analyse_again(
+    number: int, recording: Recording, inputs: Inputs, plan: Plan, owners: Partition
+) -> Analysis:
     """The analysis of a call of another structure, with every block where `owners` has it."""
     graph = find_blocks(recording, block_paths=_paths(plan.stages))
-    return _analysis(number, recording, graph, reown(owners, graph))
+    return _analysis(number, recording, inputs, graph, reown(owners, graph))
 
 
-def _analysis(number: int, recording: Recording, graph: BlockGraph, partition: Partition) -> Analysis:
+def _analysis(
+    number: int, recording: Recording, inputs: Inputs, graph: BlockGraph, partition: Partition
+) -> Analysis:
     specs = {stage: stage_spec(recording, graph, partition, stage) for stage in range(partition.num_stages)}
-    return Analysis(number, graph, partition, specs, wire(graph, partition.segments(graph)))
+    given = inputs.tensors()
+    steering = {name: given[name].clone() for name in recording.steering_inputs}
+    return Analysis(number, graph, partition, specs, wire(graph, partition.segments(graph)), steering)
 
 
 def _paths(stages: Sequence[Sequence[Any]]) -> list[str]:

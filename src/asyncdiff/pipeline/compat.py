@@ -21,7 +21,7 @@ from asyncdiff.launch.default_group import (
     torchrun_rank,
     torchrun_world_size,
 )
-from asyncdiff.pipeline.denoiser import denoiser_of
+from asyncdiff.pipeline.denoiser import denoisers_of
 from asyncdiff.pipeline.front_door import parallelize
 from asyncdiff.pipeline.handle import Handle
 from asyncdiff.pipeline.user_warning import warn_user
@@ -49,7 +49,7 @@ class AsyncDiff:
         forecast: str = "none",
     ) -> None:
         settings = Settings(model_n, stride, warm_up, time_shift, forecast)
-        denoiser_of(pipeline)
+        denoisers_of(pipeline)
         _check_world_size(settings)
         ensure_default_group("nccl" if torch.cuda.is_available() else "gloo")
         self.pipeline = pipeline

@@ -1,36 +1,65 @@
-"""Finding a pipeline's denoiser, and calling it as it was before anything was installed."""
+"""Finding a pipeline's denoisers, and calling one as it was before anything was installed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from asyncdiff.errors import ConfigurationError
+from asyncdiff.pipeline.timesteps import OTHER_STEP_NAMES, TIMESTEP_NAMES
 
-_NAMES = ("transformer", "unet", "prior", "decoder")
-
-
-def denoiser_of(pipe: Any) -> nn.Module:
-    """`pipe.transformer` or `pipe.unet`; `ConfigurationError` for what has neither or is not a pipeline."""
-    for name in _NAMES[:2]:
-        denoiser = getattr(pipe, name, None)
-        if isinstance(denoiser, nn.Module):
-            return denoiser
-    raise ConfigurationError(
-        f"{type(pipe).__name__} has no denoiser: a diffusers pipeline with a `unet` or a `transformer` is "
-        "needed."
-    )
+DENOISER_NAMES = ("unet", "transformer", "transformer_2", "prior", "decoder")
+_NAMES_OF_OTHERS_TOO = ("prior", "decoder")
+_PIPELINES_INSIDE = ("prior_pipe", "decoder_pipe")
 
 
-def device_of(denoiser: nn.Module) -> torch.device:
-    """Where the denoiser's parameters are; `ConfigurationError` unless they are on one device."""
-    devices = {parameter.device for parameter in denoiser.parameters()}
-    if not devices:
-        raise ConfigurationError(f"{type(denoiser).__name__} has no parameters.")
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's denoisers by name, with those of the pipelines that a combined one is made of.
+
+    `ConfigurationError` for what has none or is not a pipeline. Of diffusers 0.42, Wan 2.2 has two that hand
+    over, Stable Cascade and unCLIP a prior and a decoder; any may be None. A `prior` or `decoder` counts only
+    if its forward takes a timestep: pipelines of other libraries call a part of their autoencoder so.
+    """
+    found: dict[str, nn.Module] = {}
+    for owner in (pipe, *(getattr(pipe, name, None) for name in _PIPELINES_INSIDE)):
+        for name in DENOISER_NAMES:
+            module = getattr(owner, name, None)
+            if isinstance(module, nn.Module) and (name not in _NAMES_OF_OTHERS_TOO or _takes_step(module)):
+                found.setdefault(name, module)
+    if not found:
+        raise ConfigurationError(
+            f"{type(pipe).__name__} has no denoiser: looked for {', '.join(DENOISER_NAMES[:-1])} and "
+            f"{DENOISER_NAMES[-1]}, but {_what_it_has(pipe)}."
+        )
+    return {name: found[name] for name in DENOISER_NAMES if name in found}
+
+
+def _takes_step(module: nn.Module) -> bool:
+    """Whether the forward is told how far the denoising has come."""
+    parameters = inspect.signature(module.forward).parameters
+    return any(name in parameters for name in (*TIMESTEP_NAMES, *OTHER_STEP_NAMES))
+
+
+def _what_it_has(pipe: Any) -> str:
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        return "it is no diffusers pipeline"
+    return f"it has {', '.join(name for name, part in components.items() if part is not None) or 'nothing'}"
+
+
+def device_of(denoisers: Iterable[nn.Module]) -> torch.device:
+    """Where the denoisers' parameters are; `ConfigurationError` unless they are on one device."""
+    devices = set()
+    for denoiser in denoisers:
+        own = {parameter.device for parameter in denoiser.parameters()}
+        if not own:
+            raise ConfigurationError(f"{type(denoiser).__name__} has no parameters.")
+        devices |= own
     if len(devices) > 1 or next(iter(devices)).type == "meta":
         raise ConfigurationError(
             f"The denoiser's weights are on {', '.join(sorted(map(str, devices)))}, but they must be on one "
@@ -77,14 +106,18 @@ class CapturedCall(BaseException):
 
 
 def capture_call(
-    pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]
+    pipe: Any, denoisers: Iterable[nn.Module], call: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the first denoiser call that `pipe(**call)` makes; the denoiser computes nothing."""
 
     def stop(*args: Any, **kwargs: Any) -> None:
         raise CapturedCall(args, kwargs)
 
-    with replaced_forward(denoiser, stop), torch.random.fork_rng(), _no_progress_bar(pipe):
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.enter_context(replaced_forward(denoiser, stop))
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(_no_progress_bar(pipe))
         try:
             pipe(**call)
         except CapturedCall as captured:

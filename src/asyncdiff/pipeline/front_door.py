@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from asyncdiff.config import Settings
-from asyncdiff.errors import ConfigurationError
+from asyncdiff.errors import ConfigurationError, ParallelizedError
 from asyncdiff.launch.spawn import SpawnedWorkers
 from asyncdiff.launch.torchrun import join_torchrun
 from asyncdiff.pipeline.analysis import first_plan, record_call
 from asyncdiff.pipeline.denoiser import (
     capture_call,
-    denoiser_of,
+    denoisers_of,
     device_of,
     refuse_compiled,
     refuse_offloading,
     replaced_forward,
 )
 from asyncdiff.pipeline.devices import Placement, settle_placement
+from asyncdiff.pipeline.division import Division
+from asyncdiff.pipeline.forward import current_forward
+from asyncdiff.pipeline.guards import refuse_other_ways
 from asyncdiff.pipeline.handle import Handle, WorkerInfo
 from asyncdiff.pipeline.installation import DenoiserEntry, Installation
 from asyncdiff.pipeline.partition_request import PartitionRequest, check_partition
@@ -30,7 +35,7 @@ from asyncdiff.profile import time_calls
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.runtime.remote import RemoteExecutor, Workers
 from asyncdiff.trace import call_costs, flatten_inputs
-from asyncdiff.weights import dump_skeleton
+from asyncdiff.weights import Unloaded, dump_skeleton, load_all
 
 
 def parallelize(
@@ -43,10 +48,10 @@ def parallelize(
     time_shift: bool = False,
     forecast: str = "linear",
     partition: PartitionRequest = None,
-    plan: Plan | None = None,
+    plan: Plan | Mapping[str, Plan] | None = None,
     runtime: str = "auto",
 ) -> Handle:
-    """Divide the pipeline's denoiser over devices; `pipe(...)` is called as before.
+    """Divide the pipeline's denoiser, or each of several, over devices; `pipe(...)` is called as before.
 
     `devices`: a number, or names, the first being the one the pipeline is on; `num_stages + stride - 1` of
     them. Without devices but with `num_stages`, all stages run in this process (runtime "local"): the image
@@ -54,42 +59,97 @@ def parallelize(
     leave by `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`, `time_shift`: Chen et al. 2024,
     sections 3.2-3.3; `forecast`: "linear" (docs/method.md, section 5) or "none", as in the paper.
     `partition`: "chain", "nested", module names per stage, or None to choose the kind by speed, weights per
-    device and traffic. `plan`: a saved or edited plan, which then settles all of this but the runtime. Raises
+    device and traffic. `plan`: a saved or edited plan, which then settles all of this but the runtime; for
+    several denoisers of different architectures one for each by name, as `handle.plans`. Raises
     `ConfigurationError` before anything is started.
     """
-    denoiser = denoiser_of(pipe)
-    _refuse_parallelized(denoiser)
-    refuse_compiled(denoiser)
-    refuse_offloading(pipe, denoiser)
-    device = device_of(denoiser)
-    if not isinstance(plan, Plan | None):
-        raise ConfigurationError(
-            f"plan must be a Plan (a file is read by Plan.load), but {plan!r} was given."
+    denoisers = denoisers_of(pipe)
+    _refuse_what_cannot_be_divided(pipe, denoisers)
+    wish = Wish(num_stages, stride, warmup_steps, time_shift, forecast, partition, plan, runtime)
+    return divide(pipe, denoisers, device_of(denoisers.values()), devices, wish)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caller of `parallelize` asks for besides devices."""
+
+    num_stages: int | None = None
+    stride: int = 1
+    warmup_steps: int = 1
+    time_shift: bool = False
+    forecast: str = "linear"
+    partition: PartitionRequest = None
+    plan: Plan | Mapping[str, Plan] | None = None
+    runtime: str = "auto"
+
+
+def divide(
+    pipe: Any,
+    denoisers: Mapping[str, nn.Module],
+    device: torch.device,
+    devices: int | Sequence[str] | None,
+    wish: Wish,
+    unloaded: Mapping[str, Unloaded] | None = None,
+) -> Handle:
+    """As `parallelize`; the denoisers are on `device`, or their weights (`unloaded`) still in files."""
+    plans = _plans_by_name(wish.plan, denoisers)
+    partitions: dict[str, PartitionRequest]
+    if plans:
+        given = next(iter(plans.values()))
+        settings = given.settings
+        placement = settle_placement(
+            _devices_of(given, devices, wish.num_stages),
+            given.num_stages,
+            settings.stride,
+            wish.runtime,
+            device,
         )
-    if plan is not None:
-        devices, num_stages = _devices_of(plan, devices, num_stages), plan.num_stages
-        settings = plan.settings
-        placement = settle_placement(devices, num_stages, settings.stride, runtime, device)
-        check_partition(plan.stages, settings, denoiser)
+        partitions = {name: each.stages for name, each in plans.items()}
     else:
-        placement = settle_placement(devices, num_stages, stride, runtime, device)
-        settings = Settings(placement.num_stages, stride, warmup_steps, time_shift, forecast)
-        check_partition(partition, settings, denoiser)
-    threads = plan.threads_per_device if plan is not None else placement.threads_per_device
-    executor, workers, names = _start(placement, threads, type(denoiser).__module__)
-    installation = Installation(
-        pipe,
-        denoiser,
-        executor,
-        settings,
-        names,
-        partition=partition,
-        plan=plan,
-        threads=threads,
-        ships=placement.runtime != "local",
-    )
-    installation.install()
-    return Handle(installation, workers)
+        placement = settle_placement(devices, wish.num_stages, wish.stride, wish.runtime, device)
+        settings = Settings(
+            placement.num_stages, wish.stride, wish.warmup_steps, wish.time_shift, wish.forecast
+        )
+        partitions = dict.fromkeys(denoisers, wish.partition)
+    for name, denoiser in denoisers.items():
+        check_partition(partitions[name], settings, denoiser)
+    threads = given.threads_per_device if plans else placement.threads_per_device
+    started = _start(placement, threads, denoisers, unloaded or {})
+    lock = threading.RLock()
+    installations = [
+        Installation(
+            pipe,
+            name,
+            denoiser,
+            executor,
+            settings,
+            started.devices,
+            lock,
+            partition=wish.partition,
+            plan=plans.get(name),
+            threads=threads,
+            ships=placement.runtime != "local",
+        )
+        for (name, denoiser), executor in zip(denoisers.items(), started.executors, strict=True)
+    ]
+    division = Division(pipe, installations, started.devices, lock, started.close_workers)
+    division.install()
+    handle = Handle(division, started.workers)
+    for denoiser in denoisers.values():
+        entry = current_forward(denoiser)
+        assert isinstance(entry, DenoiserEntry)
+        entry.handle = handle
+    return handle
+
+
+def handle_of(pipe: Any) -> Handle:
+    """The handle of a pipeline that is divided over devices, or shares its denoiser with one that is;
+    `ParallelizedError` for any other."""
+    for denoiser in denoisers_of(pipe).values():
+        entry = current_forward(denoiser)
+        if isinstance(entry, DenoiserEntry) and entry.handle is not None:
+            return entry.handle
+    raise ParallelizedError(f"This {type(pipe).__name__} is not divided over devices.")
 
 
 def plan(
@@ -105,22 +165,23 @@ def plan(
     profile: bool = False,
     example: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """How `parallelize` with the same arguments would divide the denoiser; nothing is started or moved.
+    """How `parallelize` with the same arguments would divide the denoiser (each of several, if they have the
+    same architecture); nothing is started or moved.
 
     `example`: keyword arguments of a pipeline call, which is made up to its first denoiser call to see the
     inputs (default: an empty prompt). `profile`: time every block on the denoiser's device with those inputs,
     instead of estimating from FLOPs and bytes; slower, better balanced, and not the same cut every time.
     """
-    denoiser = denoiser_of(pipe)
-    _refuse_parallelized(denoiser)
-    refuse_compiled(denoiser)
-    refuse_offloading(pipe, denoiser)
-    device = device_of(denoiser)
+    denoisers = denoisers_of(pipe)
+    _refuse_what_cannot_be_divided(pipe, denoisers)
+    _refuse_different_ones(pipe, denoisers)
+    denoiser = next(iter(denoisers.values()))
+    device = device_of(denoisers.values())
     placement = settle_placement(devices, num_stages, stride, "auto", device)
     settings = Settings(placement.num_stages, stride, warmup_steps, time_shift, forecast)
     check_partition(partition, settings, denoiser)
     call = dict(example) if example is not None else {"prompt": ""}
-    args, kwargs = capture_call(pipe, denoiser, call)
+    args, kwargs = capture_call(pipe, denoisers.values(), call)
     inputs = flatten_inputs(type(denoiser).forward, args, kwargs)
     skeleton = dump_skeleton(denoiser, allow_main=True)
     recording = record_call(denoiser, skeleton, inputs, device, weights_at_hand=True)
@@ -142,12 +203,54 @@ def plan(
     )
 
 
-def _refuse_parallelized(denoiser: nn.Module) -> None:
-    if isinstance(vars(denoiser).get("forward"), DenoiserEntry):
+def _refuse_what_cannot_be_divided(pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
+    for denoiser in denoisers.values():
+        if isinstance(current_forward(denoiser), DenoiserEntry):
+            raise ConfigurationError(
+                "This pipeline's denoiser is already parallelized; pipelines that share it are served too. "
+                "Call handle.remove() first to divide it in another way."
+            )
+        refuse_compiled(denoiser)
+        refuse_offloading(pipe, denoiser)
+        refuse_other_ways(denoiser)
+
+
+def _refuse_different_ones(pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
+    kinds = {
+        (type(denoiser), tuple((name, tensor.shape) for name, tensor in denoiser.named_parameters()))
+        for denoiser in denoisers.values()
+    }
+    if len(kinds) > 1:
         raise ConfigurationError(
-            "This pipeline's denoiser is already parallelized; pipelines that share it are served too. Call "
-            "handle.remove() first to divide it in another way."
+            f"asyncdiff.plan makes one plan, but {type(pipe).__name__} has denoisers of different "
+            f"architectures: {', '.join(denoisers)}. Plan each with a pipeline of its own (pipe.prior_pipe, "
+            "pipe.decoder_pipe), or call parallelize, run the pipeline once and read handle.plans."
         )
+
+
+def _plans_by_name(
+    plan: Plan | Mapping[str, Plan] | None, denoisers: Mapping[str, nn.Module]
+) -> dict[str, Plan]:
+    """The plan of each denoiser; none where none was given."""
+    if plan is None:
+        return {}
+    plans = dict(plan) if isinstance(plan, Mapping) else dict.fromkeys(denoisers, plan)
+    wrong = next((each for each in plans.values() if not isinstance(each, Plan)), None)
+    if wrong is not None:
+        raise ConfigurationError(
+            f"plan must be a Plan (a file is read by Plan.load), but {wrong!r} was given."
+        )
+    if plans.keys() != denoisers.keys():
+        raise ConfigurationError(
+            f"The plans are for {', '.join(plans) or 'nothing'}, but the pipeline's denoisers are "
+            f"{', '.join(denoisers)}. Give one for each."
+        )
+    if len({(each.settings, each.devices, each.threads_per_device) for each in plans.values()}) > 1:
+        raise ConfigurationError(
+            f"The plans of {', '.join(plans)} differ in devices, threads_per_device, number of stages or "
+            "settings, which the denoisers of one pipeline share. Make them equal."
+        )
+    return plans
 
 
 def _devices_of(
@@ -163,12 +266,27 @@ def _devices_of(
     return plan.devices if len(plan.devices) == plan.num_workers else None
 
 
+@dataclass(frozen=True)
+class _Started:
+    """One executor per denoiser, all with the same workers; `devices`: of every rank."""
+
+    executors: Sequence[LocalExecutor | RemoteExecutor]
+    devices: tuple[str, ...]
+    workers: tuple[WorkerInfo, ...] = ()
+    close_workers: Callable[[], None] = lambda: None
+
+
 def _start(
-    placement: Placement, threads: int | None, denoiser_module: str
-) -> tuple[LocalExecutor | RemoteExecutor, tuple[WorkerInfo, ...], tuple[str, ...]]:
-    """The executor, its workers, and the device of every rank."""
+    placement: Placement,
+    threads: int | None,
+    denoisers: Mapping[str, nn.Module],
+    unloaded: Mapping[str, Unloaded],
+) -> _Started:
     if placement.runtime == "local":
-        return LocalExecutor(torch.device(placement.devices[0])), (), placement.devices
+        device = torch.device(placement.devices[0])
+        for name, weights in unloaded.items():
+            load_all(denoisers[name], weights, device)
+        return _Started([LocalExecutor(device) for _ in denoisers], placement.devices)
     host = "127.0.0.1"
     workers: Workers
     devices = list(placement.devices)
@@ -179,13 +297,24 @@ def _start(
     else:
         workers = SpawnedWorkers([threads] * (len(devices) - 1))
     counts: list[int | None] = [threads if torch.device(name).type == "cpu" else None for name in devices]
+    executors: list[RemoteExecutor] = []
     try:
-        executor = RemoteExecutor(workers, devices, counts, host=host, preload=(denoiser_module,))
+        for name, denoiser in denoisers.items():
+            preload = (type(denoiser).__module__,)
+            executors.append(
+                RemoteExecutor(
+                    workers, devices, counts, host=host, preload=preload, unloaded=unloaded.get(name)
+                )
+            )
     except BaseException:
+        for executor in executors:
+            executor.close()
         workers.close()
         raise
+    for executor in executors:
+        executor.siblings = executors
     infos = tuple(
         WorkerInfo(rank, devices[rank], connection.pid, connection.host)
         for rank, connection in sorted(workers.connections.items())
     )
-    return executor, infos, tuple(devices)
+    return _Started(executors, tuple(devices), infos, workers.close)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from asyncdiff.config import check_count
-from asyncdiff.pipeline.installation import Installation
+from asyncdiff.pipeline.division import Division
 from asyncdiff.pipeline.report import RunReport
 from asyncdiff.planner import Plan
 
@@ -24,31 +24,39 @@ class WorkerInfo:
 class Handle:
     """A parallelized pipeline. Also a context manager that removes itself at the end."""
 
-    def __init__(self, installation: Installation, workers: tuple[WorkerInfo, ...]) -> None:
-        self._installation = installation
+    def __init__(self, division: Division, workers: tuple[WorkerInfo, ...]) -> None:
+        self._division = division
         self.workers = workers
 
     @property
     def plan(self) -> Plan | None:
-        """Partition, settings and devices. None until the first denoiser call, unless it was given: the
-        blocks are found from real inputs."""
-        return self._installation.plan
+        """Partition, settings and devices; of the first denoiser where the pipeline has several (`plans`).
+        None until its first call, unless it was given: the blocks are found from real inputs."""
+        return next(iter(self.plans.values()))
+
+    @property
+    def plans(self) -> dict[str, Plan | None]:
+        """The plan of each denoiser by its name in the pipeline: `{"transformer": ..., "transformer_2":
+        ...}`. `parallelize(pipe, plan=handle.plans)` divides them so again."""
+        return self._division.plans()
 
     @property
     def last_run(self) -> RunReport:
-        """Per step and device, what happened in the last run; `ParallelizedError` before the first one."""
-        return self._installation.report()
+        """Per step and device, what happened in the last run, also where one denoiser hands over to another
+        in the middle of it; `ParallelizedError` before the first one. A pipeline that sets the timesteps
+        twice (a prior, then a decoder) makes two runs."""
+        return self._division.report()
 
     def set(self, *, warmup_steps: int) -> None:
         """Change how many steps run in order, from the next run on; `ConfigurationError` below 1."""
-        self._installation.set(check_count("warmup_steps", warmup_steps))
+        self._division.set(check_count("warmup_steps", warmup_steps))
 
     def remove(self) -> None:
         """Give the pipeline back as it was: its weights, its methods; end the workers. Safe to call twice.
 
         `WeightsLostError` names weights that only a dead worker held and that no file gives back.
         """
-        self._installation.remove()
+        self._division.remove()
 
     def __enter__(self) -> Handle:
         return self

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,13 +29,14 @@ from asyncdiff.pipeline.analysis import (
     first_plan,
     record_call,
 )
-from asyncdiff.pipeline.guards import guard_names, install_guards, remove_guards
+from asyncdiff.pipeline.denoiser import refuse_compiled, refuse_offloading
+from asyncdiff.pipeline.forward import current_forward, put_forward
+from asyncdiff.pipeline.guards import guard_names, install_guards, refuse_other_ways, remove_guards
 from asyncdiff.pipeline.partition_request import PartitionRequest
-from asyncdiff.pipeline.report import CallRecord, RunReport, build_report
+from asyncdiff.pipeline.report import CallRecord, RunRecord
 from asyncdiff.pipeline.run_state import (
     ChannelState,
     Conditions,
-    refuse_scaled_conditions,
     schedule_for,
     timestep_argument,
 )
@@ -50,7 +51,10 @@ from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.schedule import Schedule
 from asyncdiff.trace import Inputs, flatten_inputs
 from asyncdiff.tracking import Position
-from asyncdiff.weights import Skeleton, dump_skeleton
+from asyncdiff.weights import Skeleton, dump_skeleton, merged_adapters
+
+if TYPE_CHECKING:
+    from asyncdiff.pipeline.handle import Handle
 
 _SHORT_RUN_MARGIN = 3
 
@@ -60,6 +64,7 @@ class DenoiserEntry:
 
     def __init__(self, installation: Installation, forward: Callable[..., Any]) -> None:
         self._installation = installation
+        self.handle: Handle | None = None
         self.__signature__ = inspect.signature(forward)
         self.__doc__ = forward.__doc__
 
@@ -68,20 +73,27 @@ class DenoiserEntry:
             "The denoiser cannot be copied while it is divided over devices. Call handle.remove() first."
         )
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._installation.call(args, kwargs)
 
 
 class Installation:
-    """One denoiser divided over devices, serving every pipeline that shares it."""
+    """One denoiser divided over devices, serving every pipeline that shares it.
+
+    `name`: what `pipe` calls it. `lock`: of all denoisers that share workers, which take turns: one may have
+    to end what another has left undone (`RemoteExecutor.siblings`).
+    """
 
     def __init__(
         self,
         pipe: Any,
+        name: str,
         denoiser: nn.Module,
         executor: Executor,
         settings: Settings,
         devices: tuple[str, ...],
+        lock: threading.RLock,
         *,
         partition: PartitionRequest,
         plan: Plan | None,
@@ -89,6 +101,7 @@ class Installation:
         ships: bool,
     ) -> None:
         self.pipe = pipe
+        self.name = name
         self.denoiser = denoiser
         self.executor = executor
         self.settings = settings
@@ -97,37 +110,37 @@ class Installation:
         self._partition = partition
         self._threads = threads
         self._ships = ships
-        self._device = torch.device(devices[0])
-        self._dtype = next(denoiser.parameters()).dtype
+        self.device = torch.device(devices[0])
+        self.dtype = next(denoiser.parameters()).dtype
         self._forward = type(denoiser).forward
-        self._forward_before = vars(denoiser).get("forward")
-        self._lock = threading.RLock()
+        self._forward_before = current_forward(denoiser)
+        self._lock = lock
         self._skeleton: Skeleton | None = None
         self._installed: Skeleton | None = None
         self._owners: Partition | None = None
         self._analyses: dict[Any, list[Analysis]] = {}
         self._analysis_numbers = itertools.count()
         scale = getattr(getattr(denoiser, "config", None), "timestep_scale", None)
-        self._runs = Runs(() if scale is None else (float(scale),))
+        self._runs = Runs(name, () if scale is None else (float(scale),))
         self._channels: dict[tuple[int, Any], ChannelState] = {}
         self._warned: set[str] = set()
         self._calls: dict[int, list[CallRecord]] = {}
-        self._last_run: int | None = None
+        self.last_call: tuple[float, int] | None = None  # when it ended, and its run
         self._context = _ContextNames()
+        self._is_changed = False
+        self._merged = merged_adapters(denoiser)
         self._removed = False
 
     # -- in and out ------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Put the entry in the place of the denoiser's forward, and listen to the noise scheduler."""
-        vars(self.denoiser)["forward"] = DenoiserEntry(self, self.denoiser.forward)
+        put_forward(self.denoiser, DenoiserEntry(self, self._forward_before))
         if hasattr(type(self.denoiser), "cache_context"):
             original = getattr(self.denoiser, "cache_context")  # noqa: B009 (mypy takes it for a submodule)
             vars(self.denoiser)["cache_context"] = _NamedContext(self._context, original)
-        install_guards(self.pipe, self.denoiser, self._device, self._dtype)
-        scheduler = getattr(self.pipe, "scheduler", None)
-        if scheduler is not None:
-            self._runs.listen(scheduler)
+        self._install_guards()
+        self._runs.listen(self.pipe)
 
     def remove(self) -> None:
         """Give the pipeline back as it was; `WeightsLostError` names what only a dead worker held."""
@@ -136,18 +149,44 @@ class Installation:
                 return
             self._removed = True
             self._runs.close()
-            remove_guards(self.pipe, self.denoiser)
+            remove_guards(self.denoiser)
             vars(self.denoiser).pop("cache_context", None)
-            vars(self.denoiser).pop("forward", None)
-            if self._forward_before is not None:
-                vars(self.denoiser)["forward"] = self._forward_before
+            put_forward(self.denoiser, self._forward_before)
             try:
-                lost = self.executor.restore(self.denoiser)
+                self._bring_home()
             finally:
                 self.executor.close()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """All weights in this process and no guards, for something that needs or changes them.
+
+        The next denoiser call, also of a run that is under way, ships them again: every block goes where it
+        was.
+        """
+        with self._lock:
+            self._bring_home()
+            self._skeleton = self._installed = None
+            self._analyses.clear()
+            remove_guards(self.denoiser)
+            try:
+                yield
+            finally:
+                self._merged = merged_adapters(self.denoiser)
+                self._install_guards()
+
+    def note_change(self) -> None:
+        """The denoiser computes in another way from the next call on."""
+        self._is_changed = True
+
+    def _install_guards(self) -> None:
+        install_guards(self.denoiser, self.device, self.dtype, self)
+
+    def _bring_home(self) -> None:
+        lost = self.executor.restore(self.denoiser)
         if lost:
             raise WeightsLostError(
-                f"{len(lost)} tensors of the denoiser were held by a worker that is gone, and no file that "
+                f"{len(lost)} tensors of {self.name} were held by a worker that is gone, and no file that "
                 f"they came from gives them back: {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}. Load the "
                 "pipeline again."
             )
@@ -185,7 +224,6 @@ class Installation:
         if conditions is None:  # the timesteps to come are not known yet: learn from another step in order
             state.run_in_order(step)
             conditions = {}
-        refuse_scaled_conditions(conditions, inputs, state.analysis, self.settings.stride)
         self.executor.run_round(
             RoundCall(
                 RoundInfo(
@@ -223,14 +261,15 @@ class Installation:
     # -- where a call stands ---------------------------------------------------------------------------------
 
     def _place(self, inputs: Inputs) -> PlacedCall:
-        pipe = calling_pipeline(self.denoiser) or self.pipe
+        pipe = calling_pipeline(self.denoiser, self.name) or self.pipe
         call = self._runs.place(pipe, self._context.current, timestep_argument(inputs))
         if not call.position.placed:
             reason = call.position.reason
             self._warn("unplaced", f"a denoiser call runs in order on the devices, without gain: {reason}.")
         elif call.is_new_run:
             self._check_length(call.position)
-        if call.is_new_run:
+        if call.is_new_run or self._is_changed:
+            self._is_changed = False
             self._follow_changes()
         return call
 
@@ -267,10 +306,11 @@ class Installation:
 
     def _analyse(self, inputs: Inputs) -> Analysis:
         """The first call settles the plan and ships the weights; later ones keep every block where it is."""
-        weights_at_hand = self._owners is None or not self._ships
+        unloaded = any(parameter.is_meta for parameter in self.denoiser.parameters())
+        weights_at_hand = not unloaded and (self._installed is None or not self._ships)
         self._skeleton = self._skeleton or self._dump()
         recording = record_call(
-            self.denoiser, self._skeleton, inputs, self._device, weights_at_hand=weights_at_hand
+            self.denoiser, self._skeleton, inputs, self.device, weights_at_hand=weights_at_hand
         )
         number = next(self._analysis_numbers)
         if self._owners is None:
@@ -280,7 +320,7 @@ class Installation:
                 self._devices,
                 self._partition,
                 weights=self._skeleton,
-                dtype=self._dtype,
+                dtype=self.dtype,
                 threads_per_device=self._threads,
             )
             analysis = analyse(number, recording, inputs, self.plan)
@@ -310,24 +350,30 @@ class Installation:
         """What was changed on the denoiser since the last run (processors, FreeU, adapter scales) is passed
         on.
 
-        Changed weights cannot be: they are elsewhere.
+        Weights that were changed past the guards (by a function of peft, by another pipeline that shares the
+        denoiser) cannot be: they are elsewhere.
         """
         if self._skeleton is None:
             return
         skeleton = self._dump()
         if skeleton.payload == self._skeleton.payload:
             return
-        if skeleton.specs != self._skeleton.specs:
+        if skeleton.specs != self._skeleton.specs or merged_adapters(self.denoiser) != self._merged:
             changed = sorted(skeleton.specs.keys() ^ self._skeleton.specs.keys())
             raise ParallelizedError(
                 "The denoiser's weights were changed after parallelize "
-                f"({', '.join(changed[:3]) or 'other shapes'}{' ...' * (len(changed) > 3)}). Call "
-                "handle.remove() first, change them, then parallelize again."
+                f"({', '.join(changed[:3]) or 'other shapes or values'}{' ...' * (len(changed) > 3)}), by "
+                "other means than the methods of the pipeline that was parallelized or of its denoiser. Use "
+                "those, or call handle.remove() first, change them, then parallelize again."
             )
         self._skeleton = skeleton
         self._analyses.clear()
 
     def _dump(self) -> Skeleton:
+        # What was done by functions instead of the guarded methods, or by putting something in their place.
+        refuse_compiled(getattr(self.pipe, self.name, self.denoiser))
+        refuse_offloading(self.pipe, self.denoiser)
+        refuse_other_ways(self.denoiser)
         with interrupts_deferred():  # the pickler of CPython swallows a Ctrl-C that comes at some moments
             return dump_skeleton(
                 self.denoiser, omit=("forward", "cache_context", *guard_names()), allow_main=not self._ships
@@ -342,18 +388,13 @@ class Installation:
             if self.plan is not None:
                 self.plan = replace(self.plan, warmup_steps=warmup_steps)
 
-    def report(self) -> RunReport:
-        """The last run; `ParallelizedError` before the first one."""
-        with self._lock:
-            if self._last_run is None or self.plan is None:
-                raise ParallelizedError("There is no run to report yet: call the pipeline first.")
-            return build_report(
-                self._calls[self._last_run], self.executor.reports(self._last_run), self._devices
-            )
+    def recorded(self, run: int) -> RunRecord:
+        """What was noted of a run, with what the workers hold now. Not before the first call."""
+        return RunRecord(self._calls.get(run, []), self.executor.reports(run))
 
     def _note_call(self, call: PlacedCall, start_s: float) -> None:
         record = CallRecord(call.position.step, call.position.channel, start_s, time.perf_counter())
-        self._last_run = call.run
+        self.last_call = (record.end_s, call.run)
         self._calls.setdefault(call.run, []).append(record)
 
     def _refuse_gradients(self, inputs: Inputs) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +20,16 @@ import torch
 
 from asyncdiff.tracking import Extent, Tracker
 
+_run_numbers = itertools.count()
+
 _STEP_METHODS = ("step", "step_pred")
 """What advances a noise scheduler: `step`, or in predictor-corrector ones (ScoreSdeVe) `step_pred`."""
+
+_SCALE_METHOD = "scale_model_input"
+
+_KEPT_SCALED = 8
+"""How many results of it are kept: of a step's denoiser calls and, before those, of its ControlNets'. A loop
+that never steps this noise scheduler must not keep them all."""
 
 
 def watch(scheduler: Any, tracker: Tracker, *, run_is_open: bool = False) -> None:
@@ -59,6 +69,24 @@ def is_watched(scheduler: Any, tracker: Tracker | None = None) -> bool:
     return watching is not None and (tracker is None or tracker in watching.trackers)
 
 
+def scaled_inputs_of(scheduler: Any) -> tuple[torch.Tensor, ...]:
+    """What `scale_model_input` of a watched noise scheduler has returned since its last step."""
+    watching = _watching(scheduler)
+    return () if watching is None else tuple(watching.scaled)
+
+
+def new_run_number() -> int:
+    """A number that no other run of this process has."""
+    return next(_run_numbers)
+
+
+def run_number_of(scheduler: Any) -> int:
+    """The number of the run that a watched noise scheduler opened last: the same for all who watch it."""
+    watching = _watching(scheduler)
+    assert watching is not None
+    return watching.run
+
+
 def new_tracker() -> Tracker:
     """A tracker that compares the timesteps of noise schedulers as `same_timestep` does."""
     return Tracker(same_timestep=same_timestep)
@@ -81,11 +109,15 @@ def begin_index_of(scheduler: Any, argument: object = None, step: int = 0) -> in
 
     The begin index that the pipeline has set; else, for noise schedulers that have none (DDIM, PNDM), the
     place of the denoiser's timestep `argument` (a tensor or number) less the `step`s already closed; else 0.
+    A view of the timesteps tells its place also where the value repeats (PNDM's slices).
     """
     begin_index = getattr(scheduler, "begin_index", None)
     if begin_index is not None:
         return int(begin_index)
-    match = first_match(timesteps_of(scheduler), argument)
+    timesteps = timesteps_of(scheduler)
+    match = _place_in_memory(timesteps, argument)
+    if match is None:
+        match = first_match(timesteps, argument)
     return 0 if match is None else max(match - step, 0)
 
 
@@ -111,6 +143,16 @@ def first_match(timesteps: torch.Tensor | None, argument: object) -> int | None:
     return int(indices[0])
 
 
+def _place_in_memory(timesteps: torch.Tensor | None, argument: object) -> int | None:
+    """Which entry of `timesteps` the argument is a view of; None where it is a tensor of its own."""
+    if timesteps is None or timesteps.ndim != 1 or not isinstance(argument, torch.Tensor):
+        return None
+    if argument.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    entry_bytes = timesteps.element_size() * timesteps.stride(0)
+    return (argument.data_ptr() - timesteps.data_ptr()) // entry_bytes
+
+
 def same_timestep(a: object, b: object) -> bool:
     """Whether two timesteps handed to `step` one after the other are the same entry of the timesteps.
 
@@ -131,13 +173,17 @@ class _Watching:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
+        self.run = new_run_number()
         self.trackers: list[Tracker] = []
         self.wrappers: dict[str, Callable[..., Any]] = {}
         self.shadowed: dict[str, Any] = {}
+        self.scaled: deque[torch.Tensor] = deque(maxlen=_KEPT_SCALED)
         self.depth = 0
 
     def install(self) -> None:
-        names = [name for name in ("set_timesteps", *_STEP_METHODS) if hasattr(self.scheduler, name)]
+        names = [
+            name for name in ("set_timesteps", _SCALE_METHOD, *_STEP_METHODS) if hasattr(self.scheduler, name)
+        ]
         if "step" in names:
             names = [name for name in names if name != "step_pred"]
         attributes = self.scheduler.__dict__
@@ -160,7 +206,14 @@ class _Watching:
     def open_run(self, tracker: Tracker) -> None:
         tracker.open_run(_extent_at_call(self.scheduler), source=id(self.scheduler))
 
-    def report(self, name: str, timestep: object) -> None:
+    def report(self, name: str, timestep: object, result: object) -> None:
+        if name == _SCALE_METHOD:
+            if isinstance(result, torch.Tensor):
+                self.scaled.append(result)
+            return
+        self.scaled.clear()
+        if name == "set_timesteps":
+            self.run = new_run_number()
         for tracker in self.trackers:
             if name == "set_timesteps":
                 self.open_run(tracker)
@@ -202,7 +255,7 @@ class _Wrapper:
         finally:
             watching.depth -= 1
         if watching.depth == 0:
-            watching.report(self._name, self._timestep(args, kwargs))
+            watching.report(self._name, self._timestep(args, kwargs), result)
         return result
 
     def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:

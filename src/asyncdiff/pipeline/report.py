@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asyncdiff.protocol.messages import WorkerReport
-from asyncdiff.simulate import COMPUTE, TRANSFER, WAIT, Span, Timeline
+from asyncdiff.simulation import COMPUTE, TRANSFER, WAIT, Span, Timeline
 
 _CATEGORIES = {"compute": COMPUTE, "wait": WAIT, "send": TRANSFER}
 
@@ -75,10 +75,18 @@ class RunReport:
         self.timeline.write_trace(path)
 
 
-def build_report(
-    calls: Sequence[CallRecord], workers: Sequence[WorkerReport], devices: Sequence[str]
-) -> RunReport:
-    """Put together the driver's calls and the workers' records of one run. Worker clocks are the driver's."""
+@dataclass(frozen=True)
+class RunRecord:
+    """One denoiser's part in a run: the driver's calls, and per rank what the worker recorded."""
+
+    calls: Sequence[CallRecord]
+    workers: Sequence[WorkerReport]
+
+
+def build_report(records: Sequence[RunRecord], devices: Sequence[str]) -> RunReport:
+    """Put together what each denoiser noted of one run. Worker clocks are the driver's."""
+    calls = [call for record in records for call in record.calls]
+    workers = [_of_one_rank(reports) for reports in zip(*(record.workers for record in records), strict=True)]
     start_s = min(call.start_s for call in calls)
     steps = sorted({call.step for call in calls})
     return RunReport(
@@ -89,6 +97,16 @@ def build_report(
         cpu_s=tuple(worker.cpu_s for worker in workers),
         devices=tuple(devices),
         timeline=_timeline(calls, workers, start_s, steps),
+    )
+
+
+def _of_one_rank(reports: Sequence[WorkerReport]) -> WorkerReport:
+    """A worker's reports about each denoiser, of which it holds a stage, as one."""
+    return WorkerReport(
+        rounds=tuple(record for report in reports for record in report.rounds),
+        weight_bytes=sum(report.weight_bytes for report in reports),
+        resident_bytes=max(report.resident_bytes for report in reports),
+        cpu_s=max(report.cpu_s for report in reports),
     )
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.pipeline.analysis import Analysis
-from asyncdiff.pipeline.noise_scheduler import timesteps_of
+from asyncdiff.pipeline.noise_scheduler import scaled_inputs_of, timesteps_of
 from asyncdiff.pipeline.runs import PlacedCall
-from asyncdiff.pipeline.timesteps import input_scale, other_step_names, timestep_name
-from asyncdiff.protocol.messages import Condition
+from asyncdiff.pipeline.timesteps import input_scale, other_step_names, scaled_part, timestep_name
+from asyncdiff.protocol.messages import Condition, LatentsScale
 from asyncdiff.schedule import Round, Schedule, build_schedule
 from asyncdiff.schedule.ops import Compute
 from asyncdiff.trace import Inputs
@@ -93,7 +93,7 @@ class Conditions:
         found: dict[int, Condition] = {}
         for condition_step, evaluated in _condition_steps(round_, self._settings.time_shift).items():
             scale = self._scale(evaluated)
-            if condition_step == self._call.position.step and scale == 1.0:
+            if condition_step == self._call.position.step and scale is None:
                 continue
             timestep = (
                 arguments[condition_step] if condition_step in arguments else self._ahead(condition_step)
@@ -120,38 +120,34 @@ class Conditions:
                 f"denoiser {what}. Use stride=1."
             )
 
-    def _scale(self, step: int) -> float:
+    def _scale(self, step: int) -> LatentsScale | None:
         """By how much the latents of the call must be scaled for an evaluation that belongs to `step`."""
         scheduler, position = self._call.scheduler, self._call.position
         if step == position.step:
-            return 1.0
+            return None
         own, other = (input_scale(scheduler, self._index(index)) for index in (position.step, step))
         if own is None or other is None:
-            raise ConfigurationError(
-                f"stride={self._settings.stride} needs to know how {type(scheduler).__name__} scales the "
-                "denoiser's input at later steps, which it does not tell. Use stride=1 or another noise "
-                "scheduler."
+            raise self._refusal("does not tell how it scales the denoiser's input at later steps")
+        if own == other:
+            return None
+        part = scaled_part(self._inputs.tensors()[self._inputs.latents], scaled_inputs_of(scheduler))
+        if part is None:
+            raise self._refusal(
+                "scales the denoiser's input by step, and what the denoiser was given is not what its "
+                "scale_model_input returned"
             )
-        return other / own
+        return LatentsScale(other / own, *part)
+
+    def _refusal(self, why: str) -> ConfigurationError:
+        name = type(self._call.scheduler).__name__
+        return ConfigurationError(
+            f"stride={self._settings.stride} needs the latents rescaled for later steps, but {name} {why}. "
+            "Use stride=1, or a noise scheduler that does not scale, such as DDIMScheduler."
+        )
 
     def _index(self, step: int) -> int:
         """The step's place in the noise scheduler's timesteps."""
         return self._call.position.timestep_index + step - self._call.position.step
-
-
-def refuse_scaled_conditions(
-    conditions: Mapping[int, Condition], inputs: Inputs, analysis: Analysis, stride: int
-) -> None:
-    """Where the latents hold more than what the noise scheduler scales (inpainting), a factor is wrong."""
-    if all(condition.latents_scale == 1.0 for condition in conditions.values()):
-        return
-    latents, prediction = inputs.tensors()[inputs.latents].shape, analysis.wiring.outputs[0].shape
-    if len(latents) > 1 and len(prediction) > 1 and latents[1] != prediction[1]:
-        raise ConfigurationError(
-            f"stride={stride} with this noise scheduler needs the latents rescaled, but the denoiser's input "
-            f"has {latents[1]} channels, of which only {prediction[1]} are latents. Use stride=1 or "
-            "DDIMScheduler."
-        )
 
 
 def timestep_argument(inputs: Inputs) -> Any:

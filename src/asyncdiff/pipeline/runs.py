@@ -7,20 +7,28 @@ here.
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
-from asyncdiff.pipeline.noise_scheduler import is_watched, new_tracker, unwatch, watch
+from asyncdiff.pipeline.noise_scheduler import (
+    is_watched,
+    new_run_number,
+    new_tracker,
+    run_number_of,
+    unwatch,
+    watch,
+)
+from asyncdiff.pipeline.scheduler_lookup import noise_scheduler_of
 from asyncdiff.pipeline.timesteps import TimestepMemory
 from asyncdiff.tracking import Position, Tracker
 
 
 @dataclass(frozen=True)
 class PlacedCall:
-    """Where a call stands. `run`: its number among all runs of this denoiser; `is_new_run`: nothing of it was
-    seen before; `timesteps`: what is known of how its noise scheduler's timesteps become the denoiser's."""
+    """Where a call stands. `run`: its number, the same for every denoiser that one run of a noise scheduler
+    calls; `is_new_run`: nothing of it was seen before; `timesteps`: what is known of how its noise
+    scheduler's timesteps become the denoiser's."""
 
     position: Position
     run: int
@@ -40,26 +48,29 @@ class _Driver:
 
 
 class Runs:
-    """Numbers the runs of a denoiser, and knows which of them are over. The caller holds a lock.
+    """Knows the runs of a denoiser, and which of them are over. The caller holds a lock.
 
-    `timestep_scales`: factors that may lie between the noise scheduler's timestep and the denoiser's.
+    `name`: the denoiser's in its pipeline. `timestep_scales`: factors that may lie between the noise
+    scheduler's timestep and the denoiser's.
     """
 
-    def __init__(self, timestep_scales: tuple[float, ...] = ()) -> None:
+    def __init__(self, name: str, timestep_scales: tuple[float, ...] = ()) -> None:
+        self._name = name
         self._timestep_scales = timestep_scales
         self._drivers: weakref.WeakKeyDictionary[Any, _Driver] = weakref.WeakKeyDictionary()
-        self._numbers = itertools.count()
         self._open: dict[int, tuple[weakref.ref[Any], ...]] = {}
         self._ended: list[int] = []
 
-    def listen(self, scheduler: Any) -> None:
-        """Hear of the runs that a noise scheduler begins from now on."""
-        self._driver_of(scheduler, run_is_open=False)
+    def listen(self, pipe: Any) -> None:
+        """Hear of the runs that a pipeline's noise scheduler begins from now on."""
+        scheduler = noise_scheduler_of(pipe, self._name)
+        if scheduler is not None:
+            self._driver_of(scheduler, run_is_open=False)
 
     def place(self, pipe: Any, context: str | None, argument: Any) -> PlacedCall:
         """Where the call that `pipe` is making stands. `context`: diffusers' cache-context name; `argument`:
         the denoiser's timestep. A call that cannot be placed is a run of its own."""
-        scheduler = getattr(pipe, "scheduler", None)
+        scheduler = noise_scheduler_of(pipe, self._name)
         if scheduler is None:
             return self._unplaced(_nowhere("the pipeline has no noise scheduler"), None, self._memory(None))
         driver = self._driver_of(scheduler, run_is_open=True)
@@ -70,7 +81,7 @@ class Runs:
             return self._unplaced(position, scheduler, driver.timesteps)
         is_new = driver.tracker_run != position.run
         if is_new:
-            driver.tracker_run, driver.run = position.run, next(self._numbers)
+            driver.tracker_run, driver.run = position.run, run_number_of(scheduler)
             driver.timesteps.begin_run()
             self._begin(driver.run, pipe, scheduler)
         return PlacedCall(position, driver.run, is_new, scheduler, driver.timesteps)
@@ -99,7 +110,7 @@ class Runs:
         return TimestepMemory(int(config.get("num_train_timesteps", 1000)), self._timestep_scales)
 
     def _unplaced(self, position: Position, scheduler: Any | None, timesteps: TimestepMemory) -> PlacedCall:
-        run = next(self._numbers)
+        run = new_run_number()
         self._begin(run, None, None)
         return PlacedCall(position, run, True, scheduler, timesteps)
 

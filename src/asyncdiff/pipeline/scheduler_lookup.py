@@ -12,7 +12,14 @@ from asyncdiff.pipeline.noise_scheduler import timesteps_of
 _MAX_FRAMES = 40
 
 
-def calling_pipeline(denoiser: nn.Module) -> Any | None:
+def noise_scheduler_of(pipe: Any, denoiser_name: str) -> Any | None:
+    """The one that drives a denoiser of this pipeline: `prior_scheduler` for the prior where there is one
+    (unCLIP), else `scheduler`; None where there is none."""
+    own = getattr(pipe, f"{denoiser_name}_scheduler", None)
+    return own if own is not None else getattr(pipe, "scheduler", None)
+
+
+def calling_pipeline(denoiser: nn.Module, name: str) -> Any | None:
     """The nearest caller up the stack that is an object with this denoiser and a noise scheduler.
 
     Several pipelines may share one denoiser (`from_pipe`, `**pipe.components`), each with a noise scheduler
@@ -24,18 +31,18 @@ def calling_pipeline(denoiser: nn.Module) -> Any | None:
             return None
         frame = frame.f_back
         candidate = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames[:1] else None
-        if candidate is not None and _drives(candidate, denoiser):
+        if candidate is not None and _drives(candidate, denoiser, name):
             return candidate
     return None
 
 
-def _drives(candidate: Any, denoiser: nn.Module) -> bool:
+def _drives(candidate: Any, denoiser: nn.Module, name: str) -> bool:
     if isinstance(candidate, nn.Module):
         return False
     attributes = getattr(candidate, "__dict__", {})
-    return any(value is denoiser for value in attributes.values()) and _has_noise_scheduler(candidate)
+    return any(value is denoiser for value in attributes.values()) and _has_noise_scheduler(candidate, name)
 
 
-def _has_noise_scheduler(candidate: Any) -> bool:
-    scheduler = getattr(candidate, "scheduler", None)
+def _has_noise_scheduler(candidate: Any, denoiser_name: str) -> bool:
+    scheduler = noise_scheduler_of(candidate, denoiser_name)
     return scheduler is not None and timesteps_of(scheduler) is not None

@@ -182,8 +182,7 @@ def input_scale(scheduler: Any, index: int) -> float | None:
     """The factor by which `scheduler.scale_model_input` multiplies latents at `timesteps[index]`.
 
     1.0 for noise schedulers that do not scale; c_in(sigma) = 1/sqrt(sigma^2 + 1) for Euler and relatives.
-    None where it cannot be known: no such position, or DPMSolverSDE between two of its steps, whose sigma
-    exists only when it gets there. `scheduler` itself is not changed.
+    None where there is no such position. `scheduler` itself is not changed.
 
     An evaluation conditioned on step q of a round that begins at b is given the latents of b times
     input_scale(q) / input_scale(b).
@@ -193,17 +192,37 @@ def input_scale(scheduler: Any, index: int) -> float | None:
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or not 0 <= index < len(timesteps):
         return None
-    at_index = _at(scheduler, index)
-    if at_index is None:
-        return None
     # Sigmas are on the CPU (diffusers puts them there); a table of factors would be where the timesteps are.
     device = "cpu" if hasattr(scheduler, "sigmas") else torch.as_tensor(timesteps).device
     ones = torch.ones(1, dtype=torch.float64, device=device)
-    return float(at_index.scale_model_input(ones, timesteps[index]))
+    return float(_at(scheduler, index).scale_model_input(ones, timesteps[index]))
 
 
-def _at(scheduler: Any, index: int) -> Any | None:
-    """A shallow copy of the noise scheduler that stands at `index`; None where its state there is not known.
+def scaled_part(model_input: torch.Tensor, scaled: Iterable[torch.Tensor]) -> tuple[int, int] | None:
+    """The (dim, length) of the latents in the denoiser's input: its first `length` entries along `dim`.
+
+    `scaled`: what the noise scheduler's `scale_model_input` has returned at this step. Pipelines concatenate
+    masks and pictures to it, as channels, in dim 1 or (Stable Video Diffusion) 2. None where the input does
+    not begin with any of it, so that nobody could tell what a factor would multiply.
+    """
+    for latents in scaled:
+        if latents is model_input:
+            return 0, model_input.shape[0]
+        if latents.ndim != model_input.ndim:
+            continue
+        sizes = enumerate(zip(latents.shape, model_input.shape, strict=True))
+        differing = [(dim, length) for dim, (length, whole) in sizes if length != whole]
+        dim, length = differing[0] if differing else (0, model_input.shape[0])
+        # Several halves made of one (dim 0) would have latents further on as well.
+        if len(differing) > 1 or length > model_input.shape[dim] or (differing and dim == 0):
+            continue
+        if torch.equal(model_input.narrow(dim, 0, length), latents.to(model_input)):
+            return dim, length
+    return None
+
+
+def _at(scheduler: Any, index: int) -> Any:
+    """A shallow copy of the noise scheduler that stands at `index`.
 
     Shallow is enough, because `scale_model_input` only sets attributes, and needed, because multi-step
     solvers hold predictions of several steps, which a deep copy would copy.
@@ -217,10 +236,16 @@ def _at(scheduler: Any, index: int) -> Any | None:
     # kept a sample.
     is_between = getattr(scheduler, "order", 1) == 2 and index % 2 == 1
     if hasattr(scheduler, "mid_point_sigma") and is_between:
-        return at_index if index == scheduler._step_index else None
+        at_index.mid_point_sigma = _midpoint(scheduler.sigmas[index - 1], scheduler.sigmas[index])
     if hasattr(scheduler, "sigmas_interpol") or hasattr(scheduler, "mid_point_sigma"):
         at_index.sample = torch.ones(1) if is_between else None
     return at_index
+
+
+def _midpoint(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+    """The geometric mean, rounded as DPMSolverSDEScheduler.step does, which keeps no table of them."""
+    t, t_next = sigma.log().neg(), sigma_next.log().neg()
+    return (t + (t_next - t) * 0.5).neg().exp()
 
 
 def _tensor(value: Number) -> torch.Tensor:

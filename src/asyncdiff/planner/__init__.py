@@ -6,7 +6,7 @@ from asyncdiff.planner.names import block_name, partition_by_names
 from asyncdiff.planner.partitioning import partition_chain, partition_nested, stage_speeds
 from asyncdiff.planner.plan import Plan, make_plan
 from asyncdiff.planner.predictions import Predictions, predict
-from asyncdiff.planner.timing import simulate_plan
+from asyncdiff.planner.timing import simulate
 
 __all__ = [
     "Plan",
@@ -20,6 +20,6 @@ __all__ = [
     "partition_chain",
     "partition_nested",
     "predict",
-    "simulate_plan",
+    "simulate",
     "stage_speeds",
 ]

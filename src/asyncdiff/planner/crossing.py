@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from itertools import accumulate
 
 from asyncdiff.graph import Atom, BlockGraph
 
@@ -10,16 +11,24 @@ from asyncdiff.graph import Atom, BlockGraph
 class EnteringBytes:
     """Bytes of the leaves that a segment reads of blocks on other stages.
 
-    What the denoiser's output uses counts as read by the last block. The tables take a pass over all reads
-    per block (about 10^5 set operations for 300 blocks).
+    What the denoiser's output uses counts as read by the last block. Each leaf is noted for the cuts between
+    its producer and its last reader: few, except for skip connections.
     """
 
     def __init__(self, graph: BlockGraph) -> None:
-        self._reads = _reads_by_block(graph)
-        self._bytes = {atom: graph.spec(atom).num_bytes for atom, _ in _all(self._reads)}
-        starts = range(len(graph.blocks))
-        self._from_before = [self._row_from_before(start) for start in starts]
-        self._to_end = [self._row_to_end(start) for start in starts]
+        n = len(graph.blocks)
+        # Row start, entry length: what blocks [start, start + length) read of blocks before `start`.
+        from_before = [[0] * (n - start + 1) for start in range(n)]
+        # Row end, entry i: what the blocks from `end` on read of blocks [i, end).
+        to_end = [[0] * (end + 1) for end in range(n)]
+        for atom, readers in _readers(graph).items():
+            num_bytes, producer = graph.spec(atom).num_bytes, graph.index[atom.block]
+            for cut in range(producer + 1, readers[-1] + 1):
+                first = readers[bisect_left(readers, cut)]
+                from_before[cut][first - cut + 1] += num_bytes
+                to_end[cut][producer] += num_bytes
+        self._from_before = [list(accumulate(row)) for row in from_before]
+        self._to_end = [list(accumulate(reversed(row)))[::-1] for row in to_end]
 
     def before(self, start: int, end: int) -> int:
         """Into blocks [start, end), of what blocks before `start` produced."""
@@ -29,32 +38,13 @@ class EnteringBytes:
         """Into the blocks from `end` on, of what blocks [start, end) produced: into Z of a nested split."""
         return self._to_end[end][start]
 
-    def _row_from_before(self, start: int) -> list[int]:
-        seen: set[Atom] = set()
-        row = [0]
-        for reads in self._reads[start:]:
-            new = {atom for atom, producer in reads if producer < start} - seen
-            seen |= new
-            row.append(row[-1] + sum(self._bytes[atom] for atom in new))
-        return row
 
-    def _row_to_end(self, end: int) -> list[int]:
-        """Entry i: bytes of what blocks [i, end) produced and the blocks from `end` on read."""
-        by_producer = [0] * (end + 1)
-        for atom, producer in set(_all(self._reads[end:])):
-            if producer < end:
-                by_producer[producer] += self._bytes[atom]
-        for producer in reversed(range(end)):
-            by_producer[producer] += by_producer[producer + 1]
-        return by_producer
-
-
-def _reads_by_block(graph: BlockGraph) -> list[list[tuple[Atom, int]]]:
-    """For each block, what it reads, with the position of the producing block."""
-    found = [[(atom, graph.index[atom.block]) for atom in block.reads] for block in graph.blocks]
-    found[-1] += [(atom, graph.index[atom.block]) for atom in graph.output_reads]
+def _readers(graph: BlockGraph) -> dict[Atom, list[int]]:
+    """The positions of the blocks that read each leaf, in execution order."""
+    found: dict[Atom, list[int]] = {}
+    for position, block in enumerate(graph.blocks):
+        for atom in block.reads:
+            found.setdefault(atom, []).append(position)
+    for atom in graph.output_reads:
+        found.setdefault(atom, []).append(len(graph.blocks) - 1)
     return found
-
-
-def _all(reads: Iterable[list[tuple[Atom, int]]]) -> Iterable[tuple[Atom, int]]:
-    return (entry for entries in reads for entry in entries)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.planner.plan import Plan
 from asyncdiff.schedule import build_schedule
-from asyncdiff.simulate import Machine, Timeline, simulate
+from asyncdiff.simulation import Machine, Timeline
+from asyncdiff.simulation import simulate as simulate_schedule
 
 
-def simulate_plan(plan: Plan, machine: Machine, *, num_steps: int, driver_seconds: float = 0.0) -> Timeline:
+def simulate(plan: Plan, machine: Machine, *, num_steps: int = 50, driver_seconds: float = 0.0) -> Timeline:
     """The simulated timeline of a run of `num_steps` steps by a plan, from the seconds and bytes it predicts.
 
     Raises `ConfigurationError` where the plan has no predictions or the machine another number of devices.
@@ -26,7 +27,7 @@ def simulate_plan(plan: Plan, machine: Machine, *, num_steps: int, driver_second
         forecast=plan.forecast,
         crossings=transfer_bytes,
     )
-    return simulate(
+    return simulate_schedule(
         schedule,
         machine,
         segment_seconds=plan.predictions.segment_seconds,

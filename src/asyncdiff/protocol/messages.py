@@ -71,19 +71,26 @@ class JoinTransport:
 
 @dataclass(frozen=True)
 class InstallSkeleton:
-    """Rebuild the denoiser; tensors already held are kept by name. `rank_stages[r]`: the stage of rank r."""
+    """Rebuild the denoiser. `rank_stages[r]`: the stage of rank r. `keeps_weights`: tensors already held are
+    kept by name; else the driver has taken them back."""
 
     session: int
     skeleton: Any
     rank_stages: tuple[int, ...]
+    keeps_weights: bool
 
 
 @dataclass(frozen=True)
 class ReceiveWeights:
-    """The named tensors follow on the data transport, in this order: (name, spec)."""
+    """The named tensors follow on the data transport, in this order: (name, spec).
+
+    `from_file`: name -> spec of those that the worker reads itself from `checkpoint`.
+    """
 
     session: int
     tensors: tuple[tuple[str, Any], ...]
+    checkpoint: Any = None
+    from_file: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,22 @@ InputItem = InlineInput | TransferredInput | KeptInput
 
 
 @dataclass(frozen=True)
+class LatentsScale:
+    """Multiply the latents by `factor`: they are the first `length` entries of the denoiser's input along
+    `dim`, and what a pipeline has concatenated to them (a mask, a picture) stays as it is."""
+
+    factor: float
+    dim: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Condition:
-    """What replaces the call's own timestep and scale of the latents for another `condition_step`."""
+    """What replaces the call's own timestep and scale of the latents (None: as in the call) for another
+    `condition_step`."""
 
     timestep: Any
-    latents_scale: float = 1.0
+    latents_scale: LatentsScale | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -143,13 +144,18 @@ class WorkerConnection:
             self.send(message)
             return self._sessions[session].num_requests
 
-    def reply(self, session: int, number: int, doing: Doing) -> Any:
-        """Wait for the answer to a request; `WorkerError` if the worker fails, dies or stalls."""
+    def reply(
+        self, session: int, number: int, doing: Doing, *, meanwhile: Callable[[], None] = lambda: None
+    ) -> Any:
+        """Wait for the answer to a request, calling `meanwhile` now and then; `WorkerError` if the worker
+        fails, dies or stalls.
+        """
         started = time.monotonic()
         while True:
             try:
                 answered, answer = self._sessions[session].answers.get(timeout=_CHECK_INTERVAL_S)
             except queue.Empty:
+                meanwhile()
                 self.check(session, waited_s=time.monotonic() - started, doing=doing)
                 continue
             if answered == number:

@@ -63,7 +63,7 @@ class Executor(Protocol):
         """Give the weights back to the live module; the names of those that are lost."""
 
     def close(self) -> None:
-        """Stop the workers. Safe to call twice."""
+        """Let go of the stages. Safe to call twice."""
 
 
 def refuse_aborted(run: int, aborted: Collection[int]) -> None:

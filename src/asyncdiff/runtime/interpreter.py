@@ -14,7 +14,7 @@ import torch
 
 from asyncdiff.graph import Atom, TensorSpec
 from asyncdiff.graph.wiring import Wiring
-from asyncdiff.protocol.messages import RoundInfo, RoundRecord
+from asyncdiff.protocol.messages import LatentsScale, RoundInfo, RoundRecord
 from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.runtime.link import Link, Parcel, Pending, Stream
 from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Value
@@ -297,9 +297,15 @@ def _conditioned(task: RoundTask, compute: Compute) -> tuple[Mapping[str, torch.
         tensors[task.info.timestep_name] = condition.timestep
     elif task.info.timestep_name in floats:
         floats[task.info.timestep_name] = condition.timestep
-    if condition.latents_scale != 1.0 and task.info.latents_name in tensors:
-        tensors[task.info.latents_name] = tensors[task.info.latents_name] * condition.latents_scale
+    if condition.latents_scale is not None and task.info.latents_name in tensors:
+        tensors[task.info.latents_name] = _scaled(tensors[task.info.latents_name], condition.latents_scale)
     return tensors, floats
+
+
+def _scaled(model_input: torch.Tensor, scale: LatentsScale) -> torch.Tensor:
+    scaled = model_input.clone()
+    scaled.narrow(scale.dim, 0, scale.length).mul_(scale.factor)
+    return scaled
 
 
 def _computed(output: list[torch.Tensor] | None) -> list[torch.Tensor]:

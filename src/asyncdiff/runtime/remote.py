@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -42,12 +42,14 @@ from asyncdiff.runtime.transport import Transport, choose_backend, open_transpor
 from asyncdiff.stage import StageReplica, StageSpec
 from asyncdiff.weights import (
     Skeleton,
+    Unloaded,
     assign_tensors,
     find_checkpoint,
     free_tensors,
     load_skeleton,
     named_tensors,
     resident_bytes,
+    undressed,
 )
 from asyncdiff.weights.ownership import bytes_of, tensor_spec
 from asyncdiff.weights.source import checksum
@@ -72,7 +74,9 @@ class RemoteExecutor:
     """Drives workers 1 to D-1 and is rank 0 itself. `devices[r]`, `threads[r]`: of rank r.
 
     `host`: the address under which other machines' workers reach the store here. `preload`: modules
-    that the denoiser will need, which workers import until it comes (diffusers takes seconds).
+    that the denoiser will need, which workers import until it comes (diffusers takes seconds). `unloaded`:
+    weights that every process reads from the file itself, its own only. `siblings`: the executors of the
+    same pipeline's other denoisers, whose rounds the same workers run.
     """
 
     def __init__(
@@ -83,11 +87,14 @@ class RemoteExecutor:
         *,
         host: str = "127.0.0.1",
         preload: tuple[str, ...] = (),
+        unloaded: Unloaded | None = None,
     ) -> None:
         self._workers = workers
+        self._unloaded = unloaded
         self._rank_stages: tuple[int, ...] = ()
         self._devices = devices
         self._device = torch.device(devices[0])
+        self.siblings: Sequence[RemoteExecutor] = ()
         self._session = next(_session_numbers)
         self._store = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT, multi_tenant=False
@@ -187,11 +194,12 @@ class RemoteExecutor:
         self._rank_stages = rank_stages
         for rank, connection in self._connections():
             connection.set_stage(self._session, rank_stages[rank])
-        message = InstallSkeleton(self._session, skeleton, rank_stages)
+        message = InstallSkeleton(self._session, skeleton, rank_stages, keeps_weights=bool(self._held))
         numbers = self._request({rank: message for rank, _ in self._connections()})
         self._await_replies(numbers, "waiting for it to rebuild the denoiser")
         self._ship(module, held)
         self._held[0] = set(held[0])
+        self._read_unloaded(module, self._held[0])
         own = {name: tensor for name, tensor in named_tensors(module) if name in self._held[0]}
         free_tensors(module, [name for name in skeleton.specs if name not in own])
         self._replica_module = load_skeleton(skeleton, own, self._device)
@@ -202,15 +210,20 @@ class RemoteExecutor:
         )
 
     def _ship(self, module: nn.Module, held: Mapping[int, Collection[str]]) -> None:
-        tensors = dict(named_tensors(module))
+        tensors = {name: undressed(tensor) for name, tensor in named_tensors(module)}
         assert self._transport is not None
         numbers = {}
         self._note_progress("shipping its weights")
         for rank, connection in self._connections():
             wanted = set(held[self._rank_stages[rank]]) - self._held.get(rank, set())
-            names = [name for name in tensors if name in wanted]
+            from_file = wanted & self._unloaded.names if self._unloaded else set()
+            names = [name for name in tensors if name in wanted - from_file]
             specs = tuple((name, tensor_spec(tensors[name])) for name in names)
-            numbers[rank] = connection.request(self._session, ReceiveWeights(self._session, specs))
+            read = {name: tensor_spec(tensors[name]) for name in sorted(from_file)}
+            checkpoint = self._unloaded.checkpoint if self._unloaded else None
+            numbers[rank] = connection.request(
+                self._session, ReceiveWeights(self._session, specs, checkpoint, read)
+            )
             for name in names:
                 self._checksums.setdefault(name, checksum([tensors[name]]))
                 self._transport.send(
@@ -218,6 +231,15 @@ class RemoteExecutor:
                 )
             self._held[rank] = self._held.get(rank, set()) | wanted
         self._await_replies(numbers, "shipping its weights")
+
+    def _read_unloaded(self, module: nn.Module, names: Collection[str]) -> set[str]:
+        """Read those of the names that have never been in memory; which they are."""
+        if self._unloaded is None:
+            return set()
+        wanted = self._unloaded.names.intersection(names)
+        specs = {name: tensor_spec(tensor) for name, tensor in named_tensors(module) if name in wanted}
+        assign_tensors(module, self._unloaded.checkpoint.read(specs, self._device))
+        return set(specs)
 
     def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
         self._refuse_if_broken()
@@ -375,12 +397,27 @@ class RemoteExecutor:
 
         A death is reported before the failures it causes in other workers, which may be noticed first.
         """
+        self._release_workers()
         connections = [connection for rank, connection in self._connections() if rank not in self._lost]
         if any(connection.failure(self._session) is not None for connection in connections):
             time.sleep(_SETTLE_S)
         for connection in sorted(connections, key=lambda connection: not connection.is_gone):
             waited_s = time.monotonic() - self._progress_s
             connection.check(self._session, waited_s=waited_s, doing=self._doing)
+
+    def _release_workers(self) -> None:
+        """A worker that failed in what was left of a sibling's rounds, when nobody waited for them any more,
+        waits for their run to be aborted, and what is asked of it now waits behind that."""
+        for sibling in self.siblings:
+            if sibling is not self:
+                sibling._abort_failed_run()
+
+    def _abort_failed_run(self) -> None:
+        for _, connection in self._connections():
+            failure = connection.failure(self._session)
+            if failure is not None and failure.run is not None:
+                with interrupts_deferred():
+                    self._abort(failure.run)
 
     def _note_progress(self, operation: str, step: int | None = None) -> None:
         self._progress_s = time.monotonic()
@@ -422,16 +459,23 @@ class RemoteExecutor:
 
     def restore(self, module: nn.Module) -> list[str]:
         """Fetch freed tensors from the workers that live, else from the file; the names of those that are
-        lost.
+        lost. If none is, `install` may be called again.
         """
-        if not self._held.get(0):
-            return []  # nothing has left this process yet
+        if not self._held.get(0):  # nothing has left this process yet
+            self._read_unloaded(module, [name for name, _ in named_tensors(module)])
+            self._unloaded = None
+            return []
         missing = {name for name, _ in named_tensors(module) if name not in self._held[0]}
         with interrupts_deferred():  # a second call could not fetch what the first one left behind
             for rank, connection in self._connections():
                 if missing:
                     missing -= self._fetch(rank, connection, module, missing & self._held.get(rank, set()))
-            return self._read_from_file(module, missing)
+            lost = self._read_from_file(module, missing)
+            if not lost:
+                self._held.clear()
+                self._checksums.clear()
+                self._unloaded = None
+            return lost
 
     def _fetch(
         self, rank: int, connection: WorkerConnection, module: nn.Module, names: Collection[str]
@@ -451,7 +495,7 @@ class RemoteExecutor:
                 for name, spec in specs.items()
             ]
             assign_tensors(module, {name: leaf.wait() for name, leaf in pending})
-            connection.reply(self._session, number, Doing("fetching its weights"))
+            self._await_replies({rank: number}, "fetching its weights")
         except (WorkerError, RuntimeError) as error:  # RuntimeError: a transfer that broke
             self._note_loss(self._explain(error))
             return set()
@@ -474,6 +518,7 @@ class RemoteExecutor:
             self._join((0, *survivors))
 
     def _read_from_file(self, module: nn.Module, missing: set[str]) -> list[str]:
+        missing = missing - self._read_unloaded(module, missing)
         checkpoint = find_checkpoint(module)
         specs = dict(named_tensors(module))
         found: dict[str, torch.Tensor] = {}
@@ -485,6 +530,7 @@ class RemoteExecutor:
         return sorted(missing - set(found))
 
     def close(self) -> None:
+        """End the session; the workers stay."""
         if self._closed:
             return
         self._closed = True
@@ -495,7 +541,6 @@ class RemoteExecutor:
                 connection.close_session(self._session)
             if self._transport is not None:
                 self._transport.close()
-            self._workers.close()
         self._interpreter = self._replica = self._replica_module = self._transport = None
         self._last_inputs.clear()
 
@@ -514,7 +559,9 @@ class RemoteExecutor:
         """The answers to the requests, by rank."""
         connections = self._workers.connections
         return {
-            rank: connections[rank].reply(self._session, number, Doing(operation))
+            rank: connections[rank].reply(
+                self._session, number, Doing(operation), meanwhile=self._release_workers
+            )
             for rank, number in numbers.items()
         }
 

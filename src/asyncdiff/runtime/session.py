@@ -32,7 +32,14 @@ from asyncdiff.runtime.interpreter import RoundTask, StageInterpreter
 from asyncdiff.runtime.link import Parcel, Pending, Stream
 from asyncdiff.runtime.transport import Transport, open_transport
 from asyncdiff.stage import StageReplica
-from asyncdiff.weights import Skeleton, assign_tensors, load_skeleton, named_tensors, resident_bytes
+from asyncdiff.weights import (
+    Skeleton,
+    assign_tensors,
+    load_skeleton,
+    named_tensors,
+    resident_bytes,
+    undressed,
+)
 from asyncdiff.weights.ownership import tensor_of, tensor_spec
 
 STORE_TIMEOUT = timedelta(seconds=60)
@@ -125,8 +132,9 @@ class WorkerSession:
             raise RuntimeError("another worker is gone")
 
     def _install(self, message: InstallSkeleton) -> None:
-        held = dict(named_tensors(self._module)) if self._module is not None else {}
+        held = dict(named_tensors(self._module)) if self._module is not None and message.keeps_weights else {}
         held = {name: tensor for name, tensor in held.items() if tensor.device.type != "meta"}
+        self._module = self._replica = self._interpreter = None  # other weights need the room of these
         self._preloading.join()
         skeleton: Skeleton = message.skeleton
         self._module = load_skeleton(skeleton, held, self._device)
@@ -143,12 +151,15 @@ class WorkerSession:
             (name, self._transport.receive(0, Parcel(Stream.WEIGHTS, name), spec))
             for name, spec in message.tensors
         ]
+        if message.from_file:
+            read = message.checkpoint.read(message.from_file, self._device)
+            assign_tensors(self._module, read)
         assign_tensors(self._module, {name: leaf.wait() for name, leaf in pending})
 
     def _return_weights(self, message: ReturnWeights) -> None:
         assert self._transport is not None
         assert self._module is not None
-        held = dict(named_tensors(self._module))
+        held = {name: undressed(tensor) for name, tensor in named_tensors(self._module)}
         for name in message.names:
             self._transport.send(0, Parcel(Stream.WEIGHTS, name), held[name], tensor_spec(held[name]))
 

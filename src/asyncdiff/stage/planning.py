@@ -53,7 +53,8 @@ class _Planner:
         self.returns_output = segments[-1].stage == stage
         own = [call for call, owner in zip(flow.blocks, self.stage_of, strict=True) if owner == stage]
         self.own_blocks = own
-        self.last_own = -1 if self.returns_output else own[-1]
+        # Neither where the output is returned nor where the stage idles, and so is never run.
+        self.last_own = -1 if self.returns_output or not own else own[-1]
         crossing = crossing_atoms(graph, segments)
         own_segments = [segment.index for segment in segments if segment.stage == stage]
         self.reads = {

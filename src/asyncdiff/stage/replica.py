@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from asyncdiff.graph import Atom, TensorSpec
+from asyncdiff.stage.compiled import compile_again
 from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Received, Run, StageSpec, Stub
 from asyncdiff.trace.tensors import MakePlaceholder, zero_placeholder
 from asyncdiff.trace.torch_private import tree_flatten, tree_unflatten
@@ -41,6 +42,7 @@ class StageReplica:
         self._forward = forward or module.forward
         self._specs: dict[Hashable, StageSpec] = {}
         self._stubs: dict[str, StubForward] = {}
+        self._compiled = compile_again(module)
         self._pass = _Pass(_PlaceholderPool(self.device, placeholder))
 
     def prepare(self, key: Hashable, spec: StageSpec) -> None:
@@ -52,6 +54,8 @@ class StageReplica:
             if path not in self._stubs:
                 self._stubs[path] = _install(self.module.get_submodule(path), path, self._pass)
             self._stubs[path].actions[key] = actions
+        for path, compiled in self._compiled.items():
+            compiled.is_cut = any(stub.startswith(path + ".") for stub in self._stubs)
 
     def discard(self, key: Hashable) -> None:
         """Forgets one input structure; nothing happens if it is not there."""
@@ -99,7 +103,10 @@ class StageReplica:
         """The module as it was: every forward restored, placeholders freed."""
         for path, stub in self._stubs.items():
             _uninstall(self.module.get_submodule(path), stub)
+        for path in self._compiled:
+            vars(self.module.get_submodule(path)).pop("forward", None)
         self._stubs.clear()
+        self._compiled.clear()
         self._specs.clear()
         self._pass.placeholders.clear()
 

@@ -5,13 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from asyncdiff.errors import ConfigurationError
-from asyncdiff.tiny import stable_diffusion
+from asyncdiff.tiny import (
+    flux,
+    image_transformers,
+    omnigen,
+    qwen_image,
+    stable_diffusion,
+    unets,
+    video_transformers,
+    video_unets,
+)
 from asyncdiff.tiny.stand_in import TinyCall, TinyPipeline, generate
 
 __all__ = ["TINY_PIPELINES", "TinyCall", "TinyPipeline", "generate", "tiny_pipeline"]
 
+_MODULES = (
+    flux,
+    image_transformers,
+    omnigen,
+    qwen_image,
+    stable_diffusion,
+    unets,
+    video_transformers,
+    video_unets,
+)
+
 TINY_PIPELINES: dict[str, TinyPipeline] = {
-    family.name: family for module in (stable_diffusion,) for family in module.FAMILIES
+    family.name: family for module in _MODULES for family in module.FAMILIES
 }
 
 

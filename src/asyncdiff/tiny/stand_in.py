@@ -46,7 +46,9 @@ class TinyPipeline:
 def generate(stand_in: TinyPipeline, pipe: Any, call: TinyCall | None = None, **changes: Any) -> torch.Tensor:
     """The tensor that `pipe` returns (latents, where the family can return them). `changes`: to the
     arguments."""
-    output = pipe(**(stand_in.arguments(call or TinyCall()) | changes), return_dict=False)[0]
+    output = pipe(**(stand_in.arguments(call or TinyCall()) | changes), return_dict=False)
+    if not isinstance(output, torch.Tensor):  # Stable Video Diffusion returns the tensor itself
+        output = output[0]
     while isinstance(output, list | tuple):
         output = output[0] if len(output) == 1 else torch.stack([torch.as_tensor(each) for each in output])
     return torch.as_tensor(output)

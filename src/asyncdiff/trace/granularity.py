@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from asyncdiff.graph import BlockKey
 from asyncdiff.trace.costs import CallCost, EstimateCost
+from asyncdiff.trace.recording import paths_above
 
 
 def paths_below(
@@ -30,10 +31,13 @@ def paths_below(
         children.setdefault(call.parent, []).append(key)
     total_cost = sum(costs[key] for key in children.get(None, ()))
     total_bytes = sum(weight_bytes.values())
+    bytes_below: dict[str, int] = {}
+    for name, size in weight_bytes.items():
+        for path in paths_above(name):
+            bytes_below[path] = bytes_below.get(path, 0) + size
 
     def share(key: BlockKey) -> float:
-        below = sum(size for name, size in weight_bytes.items() if name.startswith(f"{key.path}."))
-        return max(costs[key] / total_cost, below / total_bytes)
+        return max(costs[key] / total_cost, bytes_below.get(key.path, 0) / total_bytes)
 
     def opened(keys: list[BlockKey]) -> list[str]:
         found: list[str] = []

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from asyncdiff.errors import UnsupportedDenoiserError
 from asyncdiff.graph import Block, BlockGraph, BlockKey, Partition
 from asyncdiff.trace.costs import CallCost, EstimateCost, flops_only, subtree_costs
+from asyncdiff.trace.inputs import TIMESTEP_NAMES
 from asyncdiff.trace.provenance import Problem, Provenance, provenance
-from asyncdiff.trace.recording import Recording
+from asyncdiff.trace.recording import Recording, paths_above
 
 # The largest stage may take this much of the mean before more containers are opened.
 BALANCE = 1.05
@@ -26,19 +27,28 @@ _CHILDREN_SHARE, _OWN_GLUE_SHARE = 0.5, 0.1
 
 def call_costs(recording: Recording) -> dict[BlockKey, CallCost]:
     """All calls that can become blocks, in execution order, nested ones included: what a profiler should
-    time."""
+    time. Nothing inside of what hangs together (a mixture of experts)."""
     found: dict[BlockKey, CallCost] = {}
     view = _View(recording, subtree_costs(recording, None, flops_only))
+    _open_all(view, 0)
+    _separable(view)
 
     def visit(call: int, parent: BlockKey | None) -> None:
         for child in view.candidates(call):
             key = recording.calls[child].key
             found[key] = CallCost(*recording.work[child], parent)
-            if view.may_open(child, fine=True):
+            if child in view.opened:
                 visit(child, key)
 
     visit(0, None)
     return found
+
+
+def _open_all(view: _View, call: int) -> None:
+    for child in view.candidates(call):
+        if view.may_open(child, fine=True):
+            view.opened.add(child)
+            _open_all(view, child)
 
 
 def find_blocks(
@@ -63,6 +73,7 @@ def find_blocks(
     if (num_stages is None) == (block_paths is None):
         raise TypeError("find_blocks takes either num_stages or block_paths.")
     _refuse_random(recording)
+    _refuse_steering_timestep(recording)
     view = _View(recording, subtree_costs(recording, seconds, cost), frozenset(block_paths or ()))
     if block_paths is not None:
         blocks, flow = _open_for_paths(view, block_paths)
@@ -81,7 +92,8 @@ def reown(old: Partition, graph: BlockGraph) -> Partition:
     """The partition of `graph` (another structure of inputs) in which every module stays where `old` has it.
 
     A block belongs to the owner of the same call, else of the same path, else of the nearest path above or
-    below it, else of the block before it in execution order (the first block: stage 0).
+    below it, else of the block before it in execution order (the first block: stage 0). A stage all of whose
+    modules these inputs skip idles.
     """
     by_path: dict[str, int] = {}
     for key, stage in old.stage_of.items():
@@ -92,7 +104,7 @@ def reown(old: Partition, graph: BlockGraph) -> Partition:
         owner = _owner(block.key, old.stage_of, by_path)
         before = before if owner is None else owner
         stages[before].append(block.key)
-    return Partition(old.kind, tuple(tuple(keys) for keys in stages))
+    return Partition(old.kind, tuple(tuple(keys) for keys in stages), may_idle=True)
 
 
 def _owner(key: BlockKey, by_key: Mapping[BlockKey, int], by_path: Mapping[str, int]) -> int | None:
@@ -180,12 +192,14 @@ def _separable(view: _View) -> tuple[tuple[int, ...], Provenance]:
         flow = provenance(view.recording, blocks)
         if not flow.problems:
             return blocks, flow
+        # All found before any is closed: a second problem of one container is not the next one's.
+        found: dict[int, Problem] = {}
         for problem in flow.problems:
-            container = _nearest_opened(view, problem.call)
-            if container == 0:
-                _refuse(view.recording, problem)
-            view.opened.discard(container)
-            view.closed[container] = problem
+            found.setdefault(_nearest_opened(view, problem.call), problem)
+        if 0 in found:
+            _refuse(view.recording, found[0])
+        view.opened -= found.keys()
+        view.closed |= found
 
 
 def _nearest_opened(view: _View, call: int) -> int:
@@ -207,6 +221,14 @@ def _refuse_random(recording: Recording) -> None:
                 f"The denoiser cannot be split: its module {path!r} draws random numbers ({op.name}), "
                 "and every stage would draw its own. If it is in training mode, call .eval()."
             )
+
+
+def _refuse_steering_timestep(recording: Recording) -> None:
+    for name in recording.steering_inputs.intersection(TIMESTEP_NAMES):
+        raise UnsupportedDenoiserError(
+            f"The denoiser cannot be split: what it does depends on the value of its input {name!r}, which "
+            "changes every step."
+        )
 
 
 def _open_for_balance(view: _View, num_stages: int, kind: str) -> tuple[tuple[int, ...], Provenance]:
@@ -326,11 +348,7 @@ def _open_for_paths(view: _View, block_paths: Sequence[str]) -> tuple[tuple[int,
 
 def _graph(recording: Recording, flow: Provenance, seconds: Mapping[BlockKey, float] | None) -> BlockGraph:
     blocks = tuple(_block(recording, flow, position, seconds or {}) for position in range(len(flow.blocks)))
-    inside = {
-        tensor
-        for tensor, model_tensor in enumerate(recording.tensors)
-        if _covered_by_blocks(model_tensor.names, blocks)
-    }
+    paths = {block.key.path for block in blocks}
     root = recording.calls[0]
     return BlockGraph(
         blocks=blocks,
@@ -339,13 +357,11 @@ def _graph(recording: Recording, flow: Provenance, seconds: Mapping[BlockKey, fl
         outputs=tuple(leaf.spec for leaf in root.outputs if leaf.spec is not None),
         glue_flops=recording.work[0][0] - sum(block.flops for block in blocks),
         glue_parameter_bytes=sum(
-            tensor.num_bytes for index, tensor in enumerate(recording.tensors) if index not in inside
+            tensor.num_bytes
+            for tensor in recording.tensors
+            if not any(path in paths for name in tensor.names for path in paths_above(name))
         ),
     )
-
-
-def _covered_by_blocks(names: Sequence[str], blocks: Sequence[Block]) -> bool:
-    return any(name.startswith(block.key.path + ".") for name in names for block in blocks)
 
 
 def _block(recording: Recording, flow: Provenance, position: int, seconds: Mapping[BlockKey, float]) -> Block:
@@ -357,11 +373,7 @@ def _block(recording: Recording, flow: Provenance, position: int, seconds: Mappi
         key=call.key,
         flops=flops,
         memory_bytes=memory_bytes,
-        parameter_bytes=sum(
-            tensor.num_bytes
-            for tensor in recording.tensors
-            if any(name.startswith(call.path + ".") for name in tensor.names)
-        ),
+        parameter_bytes=recording.parameter_bytes.get(call.path, 0),
         outputs=tuple(leaf.spec for leaf in call.outputs),
         reads=tuple(flow.atoms[atom] for atom in atoms),
         inputs=tuple(sorted(flow.inputs[position])),

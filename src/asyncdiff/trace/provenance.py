@@ -62,6 +62,7 @@ class _Walk:
         self.blocks = blocks
         self.home = _homes(recording, blocks)
         self.input_names = sorted(set(recording.input_of.values()))
+        self.latents = sum(1 << self.input_names.index(name) for name in recording.latents)
         self.first_tensor = len(self.input_names)
         self.first_atom = self.first_tensor + len(recording.tensors)
         self.problems: list[Problem] = []
@@ -193,9 +194,14 @@ class _Walk:
         self.glue |= mask
         if op.reaches_host:
             self.steering |= mask
+            if mask & self.latents:
+                self._report(call, f"looks at the values of the latents ({op.name}), which change every step")
             if mask >> self.first_atom:
+                block = self.atoms[next(self._atoms_in(mask))].path
                 self._report(
-                    call, f"looks at the values of a block's output ({op.name}), which then steer the forward"
+                    call,
+                    f"looks at the values of a block's output ({block!r}, {op.name}), which then steer the "
+                    "forward",
                 )
         for value in op.writes:
             self.flows[value] = mask

@@ -1,5 +1,5 @@
-"""The recording forward: fake tensors where possible, real inputs where values steer, real weights at
-last."""
+"""The recording forward: fake tensors where possible, real inputs where values steer, at last weights without
+memory, or real ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from asyncdiff.trace.torch_private import (
     TorchFunctionMode,
     eager_flex_attention,
 )
+from asyncdiff.weights.quantised import dressed_like, is_dressed, named_parts, parts_of, recomposed
 
 _HOST_READS = {
     torch.Tensor.tolist: "tolist",
@@ -37,14 +38,15 @@ def record(
     *,
     device: torch.device | str,
     live: bool = False,
-    modes: Sequence[str] = ("fake", "mixed", "real"),
+    modes: Sequence[str] = ("fake", "mixed", "hollow", "real"),
 ) -> Recording:
     """Runs the denoiser's forward once and records every operation and module call.
 
     `module` is a skeleton, all parameters and buffers on `meta`, which is consumed: they become fake tensors
     on `device`; or, with `live`, the denoiser in use, which is left as it was. First everything is fake; if
     the forward looks at values, only weights and latents are; if it looks at activations too, everything is
-    real (`live` only). `modes` says which of these to try.
+    real with `live`, else everything but the weights, which are hollow: one number each, expanded to their
+    shape, so that they take no memory. `modes` says which of these to try.
     `UnsupportedDenoiserError` names the module and what it did if none of this works.
     """
     failures: list[str] = []
@@ -62,7 +64,7 @@ def record(
             failures.append(f"{mode}: {type(error).__name__} in {where or 'the denoiser'!r}: {reason}")
     raise UnsupportedDenoiserError(
         f"{type(module).__name__} could not be traced without its weights ({'; '.join(failures)}). "
-        "Trace the loaded model instead if its forward looks at the values of activations."
+        "Trace the loaded model instead if its forward looks at the values of weights."
     )
 
 
@@ -73,16 +75,29 @@ def _attempts(
     module: nn.Module, inputs: Inputs, device: torch.device, live: bool
 ) -> Iterator[tuple[str, _Attempt]]:
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    faked = _fake_copy(module, fake_mode, device) if live else _fill_skeleton(module, fake_mode, device)
+    fake = functools.partial(_fake_like, mode=fake_mode, device=device)
+    faked: nn.Module | None = None
+    empty: list[_Replaced] = []
+    if not any(is_dressed(tensor) for tensor in module.parameters()):  # which fake tensors cannot be
+        if live:
+            faked = _fake_copy(module, fake)
+        else:
+            faked, empty = module, _fill_skeleton(module, fake)
     if faked is not None:
         arguments = _fake_inputs(inputs, inputs.names, fake_mode, device)
         yield "fake", functools.partial(_record, faked, inputs, arguments, "fake", fake_mode)
         arguments = _real_inputs(inputs, device) | _fake_inputs(inputs, _latents(inputs), fake_mode, device)
         nothing = contextlib.nullcontext()
         yield "mixed", functools.partial(_record, faked, inputs, arguments, "mixed", nothing)
+    arguments = _real_inputs(inputs, device)
     if live:
-        arguments = _real_inputs(inputs, device)
         yield "real", functools.partial(_record, module, inputs, arguments, "real", contextlib.nullcontext())
+    else:
+        for held, name, value in empty:
+            held[name] = value
+        _fill_skeleton(module, functools.partial(_hollow_like, device=device))
+        nothing = contextlib.nullcontext()
+        yield "hollow", functools.partial(_record, module, inputs, arguments, "hollow", nothing)
 
 
 def _record(
@@ -193,10 +208,14 @@ def _model_tensors(module: nn.Module) -> list[tuple[torch.Tensor, ModelTensor]]:
     for path, owner in module.named_modules(remove_duplicate=False):
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None:
-                tensors[id(tensor)] = tensor
-                names.setdefault(id(tensor), []).append(f"{path}.{name}".lstrip("."))
+                parts = dict(named_parts(f"{path}.{name}".lstrip("."), tensor))
+                for part, inner in parts.items():
+                    tensors[id(inner)] = inner
+                    names.setdefault(id(inner), []).append(part)
+                if tensors.setdefault(id(tensor), tensor) is tensor and id(tensor) not in names:
+                    names[id(tensor)] = list(parts)  # composed of them
     return [
-        (tensor, ModelTensor(tuple(names[key]), tensor.numel() * tensor.element_size()))
+        (tensor, ModelTensor(tuple(names[key]), 0 if parts_of(tensor) else tensor.nbytes))
         for key, tensor in tensors.items()
     ]
 
@@ -245,32 +264,58 @@ def _fake_like(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device)
     )
 
 
-def _fill_skeleton(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:
-    """Replaces every meta tensor of the skeleton by a fake one on `device`; tied ones stay tied."""
-    fakes: dict[int, torch.Tensor] = {}
-    originals: list[torch.Tensor] = []  # keeps ids from being used again
+def _hollow_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Small, so that activations stay finite; integers are zero, which is an index of anything."""
+    number = torch.tensor(0.01 if tensor.is_floating_point() else 0, dtype=tensor.dtype, device=device)
+    if is_dressed(tensor):  # one real row, which quantised weights look at as another dtype
+        return dressed_like(number.repeat(tensor.shape[-1:]).expand(tensor.shape), tensor)
+    hollow = number.expand(tensor.shape)
+    return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
 
-    def fake(held: Any) -> Any:
-        if isinstance(held, torch.Tensor) and held.device.type == "meta":
+
+_Replaced = tuple[dict[str, Any], str, Any]
+"""A dictionary, the key at which it was changed, and what was there before."""
+
+
+def _fill_skeleton(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> list[_Replaced]:
+    """Replaces every meta tensor of the skeleton by what `make` gives for it; tied ones stay tied."""
+    made: dict[int, torch.Tensor] = {}
+    originals: list[torch.Tensor] = []  # keeps ids from being used again
+    replaced: list[_Replaced] = []
+
+    def fill(held: Any) -> Any:
+        if isinstance(held, torch.Tensor) and _is_empty(held):
             originals.append(held)
-            return fakes.setdefault(id(held), _fake_like(held, mode, device))
+            if id(held) not in made:
+                made[id(held)] = fill_parts(held) if parts_of(held) else make(held)
+            return made[id(held)]
         if type(held) in (list, tuple):
-            return type(held)(fake(item) for item in held)
+            return type(held)(fill(item) for item in held)
         if type(held) is dict:
-            return {key: fake(item) for key, item in held.items()}
+            return {key: fill(item) for key, item in held.items()}
         return held
 
+    def fill_parts(held: torch.Tensor) -> torch.Tensor:
+        return recomposed(held, {name: fill(part) for name, part in parts_of(held).items()})
+
+    def fill_in(held: dict[str, Any], names: Iterable[str]) -> None:
+        for name in names:
+            replaced.append((held, name, held[name]))
+            held[name] = fill(held[name])
+
     for owner in module.modules():
-        for held in (owner._parameters, owner._buffers):
-            for name, tensor in held.items():
-                held[name] = fake(tensor)
-        for name, value in list(vars(owner).items()):
-            if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
-                vars(owner)[name] = fake(value)
-    return module
+        fill_in(owner._parameters, owner._parameters)
+        fill_in(owner._buffers, owner._buffers)
+        others = [name for name in vars(owner) if not name.endswith("_hooks")]
+        fill_in(vars(owner), [name for name in others if name not in ("_parameters", "_buffers", "_modules")])
+    return replaced
 
 
-def _fake_copy(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module | None:
+def _is_empty(tensor: torch.Tensor) -> bool:
+    return any(part.device.type == "meta" for part in parts_of(tensor).values() or (tensor,))
+
+
+def _fake_copy(module: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module | None:
     """A copy of the live module with fake weights; None if it cannot be copied without running the original.
 
     A replaced `forward` (diffusers' and accelerate's hooks) is a closure over the original module, which a
@@ -279,7 +324,7 @@ def _fake_copy(module: nn.Module, mode: FakeTensorMode, device: torch.device) ->
     if any("forward" in vars(owner) for owner in module.modules()):
         return None
     held = [tensor for tensor, _ in _model_tensors(module)]
-    memo: dict[int, Any] = {id(tensor): _fake_like(tensor, mode, device) for tensor in held}
+    memo: dict[int, Any] = {id(tensor): fake(tensor) for tensor in held}
     try:
         return copy.deepcopy(module, memo)
     except Exception:  # noqa: BLE001  # locks, handles, non-leaf tensors: anything that does not copy; the real trace remains

@@ -8,7 +8,7 @@ and are two values. No torch here but in the structures (pytree specs) of output
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,14 @@ from typing import Any
 from asyncdiff.graph import BlockKey, TensorSpec
 from asyncdiff.trace.inputs import InputsSpec
 from asyncdiff.trace.torch_private import Structure
+
+
+def paths_above(name: str) -> Iterator[str]:
+    """The modules that a dotted name lies in, itself not: `"a.b.weight"` -> `"a"`, `"a.b"`."""
+    end = name.find(".")
+    while end >= 0:
+        yield name[:end]
+        end = name.find(".", end + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +98,8 @@ class Recording:
 
     Per value: `makers` (index of the operation, -1 for what was there before), `storages` (an index that two
     values share if they alias), `input_of` and `tensor_of` (name of the denoiser input; position in
-    `tensors`). `mode`: `"fake"`, `"mixed"` or `"real"`, the tensors it was made with. `kept`: (module path,
-    attribute, value) of tensors that the forward left on modules.
+    `tensors`). `mode`: `"fake"`, `"mixed"`, `"hollow"` or `"real"`, the tensors it was made with (`record`).
+    `kept`: (module path, attribute, value) of tensors that the forward left on modules.
     """
 
     calls: tuple[Call, ...]
@@ -117,6 +125,15 @@ class Recording:
         for index, call in enumerate(self.calls[1:], start=1):
             found[call.parent].append(index)
         return tuple(tuple(children) for children in found)
+
+    @cached_property
+    def parameter_bytes(self) -> dict[str, int]:
+        """Module path -> bytes of the parameters and buffers below it; a tied one counts once."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            for path in {path for name in tensor.names for path in paths_above(name)}:
+                found[path] = found.get(path, 0) + tensor.num_bytes
+        return found
 
     @cached_property
     def work(self) -> tuple[tuple[float, float], ...]:
@@ -145,7 +162,11 @@ class Recording:
     @cached_property
     def steering_inputs(self) -> frozenset[str]:
         """Inputs whose values, not only shapes, the recorded forward depended on: they reached Python or
-        decided a shape (Lumina2 takes lengths from its mask). Another value may need another recording."""
+        decided a shape (Lumina2 takes lengths from its mask). Another value needs another recording.
+
+        Not those that only do so together with activations (a mixture of experts sorts its tokens): that is
+        the affair of the block that does it, at every step anew.
+        """
         if not any(op.reaches_host for op in self.ops):
             return frozenset()
         flows: list[frozenset[str]] = [frozenset()] * len(self.makers)
@@ -154,7 +175,7 @@ class Recording:
         steering: set[str] = set()
         for op in self.ops:
             read = frozenset[str]().union(*(flows[value] for value in op.reads))
-            if op.reaches_host:
+            if op.reaches_host and not any(self.depends_on_latents[value] for value in op.reads):
                 steering |= read
             for value in op.writes:
                 flows[value] = read

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from asyncdiff.graph import TensorSpec
+from asyncdiff.weights.quantised import PART, dressed_like, named_parts, recomposed
 
 
 def tensor_spec(tensor: torch.Tensor) -> TensorSpec:
@@ -34,7 +35,9 @@ def dense_spec(spec: TensorSpec) -> TensorSpec:
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """The elements of a CPU tensor in logical (row-major) order."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    dense = tensor.detach().contiguous()
+    # Not `view(-1)`: a single element that was expanded (a timestep, for a batch of one) keeps its stride 0.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
 
 
 def tensor_of(spec: TensorSpec, data: bytes) -> torch.Tensor:
@@ -46,8 +49,10 @@ def tensor_of(spec: TensorSpec, data: bytes) -> torch.Tensor:
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every registered parameter and buffer by dotted name, tied ones under each of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
+    """Every registered parameter and buffer by dotted name: tied ones under each of their names, composed
+    ones by their parts."""
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        yield from named_parts(name, tensor)
     yield from module.named_buffers(remove_duplicate=False)
 
 
@@ -63,7 +68,8 @@ def free_tensors(module: nn.Module, names: Collection[str]) -> dict[str, torch.T
     for name, tensor in named_tensors(module):
         if name in names:
             freed[name] = tensor
-            stand_ins[name] = stand_in(tensor_spec(tensor), tensor.device if name == first else None)
+            is_first = name.split(PART)[0] == first
+            stand_ins[name] = stand_in(tensor_spec(tensor), tensor.device if is_first else None)
     assign_tensors(module, stand_ins)
     return freed
 
@@ -73,8 +79,12 @@ def assign_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> No
     for name, tensor in tensors.items():
         owner_path, _, attribute = name.rpartition(".")
         owner = module.get_submodule(owner_path)
-        if attribute in owner._parameters:
+        attribute, _, part = attribute.partition(PART)
+        if part:
+            owner._parameters[attribute] = recomposed(owner.get_parameter(attribute), {part: tensor})
+        elif attribute in owner._parameters:
             old = owner._parameters[attribute]
+            tensor = dressed_like(tensor, old)
             if not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
             owner._parameters[attribute] = tensor

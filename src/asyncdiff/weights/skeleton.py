@@ -19,7 +19,16 @@ from torch import nn
 
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.graph import TensorSpec
+from asyncdiff.weights.attachments import (
+    attach,
+    default_backend,
+    has_attachments,
+    portable_state,
+    takes_default_backend,
+    without_hooks,
+)
 from asyncdiff.weights.ownership import named_tensors, stand_in, tensor_spec
+from asyncdiff.weights.quantised import PART, compose, dressed, dressing, is_dressed, parts_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ def dump_skeleton(module: nn.Module, *, omit: tuple[str, ...] = (), allow_main: 
     `allow_main`: whether classes and functions of the running script (`__main__`) may be referred to; other
     processes cannot import them. Raises `ConfigurationError` naming what cannot be shipped.
     """
-    tensors = dict(named_tensors(module))
+    tensors = dict(named_tensors(module))  # keeps them alive, and with that their ids their own
     names = {id(tensor): name for name, tensor in reversed(tensors.items())}
     buffer = io.BytesIO()
     try:
@@ -68,7 +77,7 @@ def load_skeleton(
     `.device` answers what it should. A given plain tensor becomes a parameter where the original was one.
     """
     made: dict[str, torch.Tensor] = {}
-    first = next(iter(skeleton.parameters), None)
+    first = next(iter(skeleton.specs), "").split(PART)[0]
 
     def tensor_for(name: str) -> torch.Tensor:
         if name not in made:
@@ -76,12 +85,19 @@ def load_skeleton(
             if name in tensors:
                 made[name] = tensors[name]
             else:
-                made[name] = stand_in(spec, device if name == first else None)
+                made[name] = stand_in(spec, device if name.split(PART)[0] == first else None)
             if name in skeleton.parameters and not isinstance(made[name], nn.Parameter):
                 made[name] = nn.Parameter(made[name], requires_grad=skeleton.parameters[name])
         return made[name]
 
     return _SkeletonUnpickler(io.BytesIO(skeleton.payload), tensor_for).load()
+
+
+@dataclass(frozen=True)
+class _Elements:
+    """In the place of a dressed tensor's elements."""
+
+    name: str
 
 
 class _SkeletonPickler(pickle.Pickler):
@@ -100,21 +116,45 @@ class _SkeletonPickler(pickle.Pickler):
         self._omit = omit
 
     def reducer_override(self, obj: Any) -> Any:
-        """The root without what stays behind.
+        """The root without what stays behind, its own hooks included: they run around the forward in its
+        place. Other modules with what is attached to them in a form that can be pickled.
 
-        Taking that off the live module instead would let another thread's call through to weights that are
+        Taking things off the live module instead would let another thread's call through to weights that are
         elsewhere.
         """
-        if obj is not self._root:
+        if isinstance(obj, torch.Tensor):
+            return self._reduce_quantised(obj)
+        if not isinstance(obj, nn.Module):
+            if isinstance(obj, type) or not takes_default_backend(obj):
+                return NotImplemented
+            make, args, state, *_ = obj.__reduce_ex__(5)
+            return make, args, (state or {}) | {"_attention_backend": default_backend()}
+        if obj is not self._root and not has_attachments(obj):
             return NotImplemented
         reduced: Any = obj.__reduce_ex__(5)
-        make, args, state, *rest = reduced
-        kept = {name: value for name, value in state.items() if name not in self._omit}
-        return make, args, kept, *rest
+        make, args, state, *_ = reduced
+        if obj is not self._root:
+            return make, args, portable_state(obj, state), None, None, attach
+        return make, args, without_hooks({k: v for k, v in state.items() if k not in self._omit})
+
+    def _reduce_quantised(self, tensor: torch.Tensor) -> Any:
+        """A parameter that is more than its elements, of which the skeleton has none."""
+        if parts_of(tensor):
+            _, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+            shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+            return compose, (
+                type(tensor), parts_of(tensor), context, shape, stride, tensor.requires_grad
+            )  # fmt: skip
+        if not is_dressed(tensor) or id(tensor) not in self._names:
+            return NotImplemented
+        elements = _Elements(self._names[id(tensor)])
+        return dressed, (type(tensor), elements, tensor.requires_grad, dressing(tensor))
 
     def persistent_id(self, obj: Any) -> str | None:
+        if isinstance(obj, _Elements):
+            return obj.name
         if isinstance(obj, torch.Tensor):
-            return self._names.get(id(obj))
+            return None if is_dressed(obj) else self._names.get(id(obj))
         if not self._allow_main and isinstance(obj, type | FunctionType) and obj.__module__ == "__main__":
             raise ConfigurationError(
                 f"{obj.__qualname__} is defined in the running script (__main__), which worker processes do "

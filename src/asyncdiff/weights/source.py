@@ -1,46 +1,84 @@
 """Weights that can be read again from the file they came from.
 
 A tensor's identity with the file is never assumed: a checksum is taken when it leaves the driver and compared
-when it is read back, so a fused LoRA or a cast that changed values is noticed.
+when it is read back, so a fused LoRA or a cast that changed values is noticed. A tensor that was
+never in memory (`Unloaded`) is what the file says.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from asyncdiff.weights.ownership import bytes_of
+from asyncdiff.graph import TensorSpec
+from asyncdiff.weights.ownership import assign_tensors, bytes_of, named_tensors, tensor_spec
 
 _CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The safetensors files of one model folder."""
+    """The safetensors files of one model."""
 
     files: tuple[Path, ...]
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """The tensor of this name as the file has it, or None where no file has it."""
+    @cached_property
+    def homes(self) -> dict[str, Path]:
+        """Which file has the tensor of a name."""
+        found: dict[str, Path] = {}
         for path in self.files:
             with safe_open(path, framework="pt") as file:
-                if name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    return file.get_tensor(name)
-        return None
+                found |= dict.fromkeys(file.keys(), path)
+        return found
+
+    def read(self, specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, torch.Tensor]:
+        """The named tensors, cast and moved; files are mapped, so that only these are ever in memory.
+
+        KeyError for a name that no file has, ValueError for another shape.
+        """
+        read: dict[str, torch.Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in specs:
+            by_file.setdefault(self.homes[name], []).append(name)
+        for path, names in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    tensor = file.get_tensor(name)
+                    if tuple(tensor.shape) != specs[name].shape:
+                        raise ValueError(
+                            f"{path} has {name} in shape {tuple(tensor.shape)}, not {specs[name].shape}"
+                        )
+                    read[name] = tensor.to(device=device, dtype=getattr(torch, specs[name].dtype))
+        return read
 
     def read_like(self, name: str, like: torch.Tensor, expected_checksum: int) -> torch.Tensor | None:
         """The tensor cast and moved as `like` was, or None unless its values are those that were freed."""
-        tensor = self.read(name)
-        if tensor is None or tensor.shape != like.shape:
+        try:
+            tensor = self.read({name: tensor_spec(like)}, torch.device("cpu"))[name]
+        except (KeyError, ValueError):
             return None
-        tensor = tensor.to(dtype=like.dtype)
         return tensor if checksum([tensor]) == expected_checksum else None
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """Tensors of a module that are in no process's memory yet, and the files that have them."""
+
+    checkpoint: Checkpoint
+    names: frozenset[str]
+
+
+def load_all(module: nn.Module, unloaded: Unloaded, device: torch.device) -> None:
+    """Read every unloaded tensor into the module."""
+    specs = {name: tensor_spec(tensor) for name, tensor in named_tensors(module) if name in unloaded.names}
+    assign_tensors(module, unloaded.checkpoint.read(specs, device))
 
 
 def find_checkpoint(module: nn.Module) -> Checkpoint | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule import Compute, Predict, Schedule, Send, SendPrediction, build_schedule
-from asyncdiff.simulate import (
+from asyncdiff.simulation import (
     COMPUTE,
     DRIVER,
     TRANSFER,

@@ -1,8 +1,8 @@
 """How long a schedule takes on a stated machine, and the timeline of a run, simulated or recorded. Pure."""
 
-from asyncdiff.simulate.machine import Machine
-from asyncdiff.simulate.simulation import simulate
-from asyncdiff.simulate.timeline import COMPUTE, DRIVER, TRANSFER, WAIT, Span, Timeline, write_traces
+from asyncdiff.simulation.machine import Machine
+from asyncdiff.simulation.simulation import simulate
+from asyncdiff.simulation.timeline import COMPUTE, DRIVER, TRANSFER, WAIT, Span, Timeline, write_traces
 
 __all__ = [
     "COMPUTE",

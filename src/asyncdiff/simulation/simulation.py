@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule.ops import Compute, Op, Predict, Recv, Send, SendPrediction, Value
 from asyncdiff.schedule.rounds import Schedule
-from asyncdiff.simulate.machine import Machine
-from asyncdiff.simulate.timeline import COMPUTE, DRIVER, TRANSFER, WAIT, Span, Timeline
+from asyncdiff.simulation.machine import Machine
+from asyncdiff.simulation.timeline import COMPUTE, DRIVER, TRANSFER, WAIT, Span, Timeline
 
 
 def simulate(

@@ -1,0 +1,6 @@
+"""Makes the independent model of the method (shared with the tests of pipelines) importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
