@@ -298,7 +298,6 @@ def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> d
     return {}
 
 
-EXTRA = {"cross_attention_kwargs": {"scale": 0.4}}
 COMBINATIONS = [
     Combination("img2img", of=img2img, arguments={"image": picture, "strength": 0.7}, steps=8),
     Combination("inpainting", of=inpainting,
