@@ -18,7 +18,7 @@ FAMILIES = [pytest.param(family, id=name) for name, family in TINY_PIPELINES.ite
 IN_ORDER = 99
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_order_is_bitwise_the_untouched_pipeline(family: TinyPipeline, num_stages: int) -> None:
     """Also with another resolution and batch in between; and `remove` leaves nothing behind."""
