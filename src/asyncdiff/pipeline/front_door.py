@@ -35,7 +35,7 @@ from asyncdiff.profile import time_calls
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.runtime.remote import RemoteExecutor, Workers
 from asyncdiff.trace import call_costs, flatten_inputs
-from asyncdiff.weights import Unloaded, dump_skeleton, load_all
+from asyncdiff.weights import Unloaded, dump_skeleton, read_unloaded
 
 
 def parallelize(
@@ -285,7 +285,7 @@ def _start(
     if placement.runtime == "local":
         device = torch.device(placement.devices[0])
         for name, weights in unloaded.items():
-            load_all(denoisers[name], weights, device)
+            read_unloaded(denoisers[name], weights, device)
         return _Started([LocalExecutor(device) for _ in denoisers], placement.devices)
     host = "127.0.0.1"
     workers: Workers

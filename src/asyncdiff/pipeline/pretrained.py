@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from asyncdiff.errors import ConfigurationError
@@ -22,6 +21,7 @@ from asyncdiff.launch.torchrun import join_torchrun
 from asyncdiff.pipeline.denoiser import DENOISER_NAMES, denoisers_of
 from asyncdiff.pipeline.devices import parse_devices, settle_placement
 from asyncdiff.pipeline.front_door import Wish, divide
+from asyncdiff.pipeline.weightless import without_weights
 from asyncdiff.weights import Checkpoint, Unloaded, assign_tensors, named_tensors
 from asyncdiff.weights.ownership import stand_in, tensor_spec
 
@@ -105,13 +105,8 @@ def unloaded_denoiser(
     """
     kind = _model_class(folder)
     checkpoint = Checkpoint(_weight_files(folder, variant))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or torch.float32)
-    try:
-        with init_empty_weights():
-            model = kind.from_config(kind.load_config(folder)).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with without_weights(dtype or torch.float32):
+        model = kind.from_config(kind.load_config(folder)).eval()
     missing = {name for name in model.state_dict() if name not in checkpoint.homes}
     if missing:
         raise ConfigurationError(
@@ -127,8 +122,6 @@ def unloaded_denoiser(
                 tensor = tensor.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
             placed[name] = stand_in(tensor_spec(tensor), device if index == 0 else None)
     assign_tensors(model, placed)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     model.register_to_config(_name_or_path=str(folder))
     return model, Unloaded(checkpoint, names)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,18 +56,27 @@ def _class_of(library: str, name: str) -> Any:
 
 
 def _from_config(kind: Any, model: str, subfolder: str, dtype: torch.dtype) -> nn.Module:
-    """Buffers are computed as always: what they hold may decide what a forward does."""
+    with without_weights(dtype):
+        if hasattr(kind, "load_config"):  # diffusers
+            network: nn.Module = kind.from_config(kind.load_config(model, subfolder=subfolder))
+        else:  # transformers
+            network = kind(kind.config_class.from_pretrained(model, subfolder=subfolder))
+    return network.eval()
+
+
+@contextmanager
+def without_weights(dtype: torch.dtype) -> Iterator[None]:
+    """Networks made here have parameters of `dtype` on the meta device.
+
+    Buffers are computed as always: what they hold may decide what a forward does.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with init_empty_weights():
-            if hasattr(kind, "load_config"):  # diffusers
-                network: nn.Module = kind.from_config(kind.load_config(model, subfolder=subfolder))
-            else:  # transformers
-                network = kind(kind.config_class.from_pretrained(model, subfolder=subfolder))
+            yield
     finally:
         torch.set_default_dtype(before)
-    return network.eval()
 
 
 def _fake_weights(network: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:

@@ -48,6 +48,7 @@ from asyncdiff.weights import (
     free_tensors,
     load_skeleton,
     named_tensors,
+    read_unloaded,
     resident_bytes,
     undressed,
 )
@@ -234,12 +235,7 @@ class RemoteExecutor:
 
     def _read_unloaded(self, module: nn.Module, names: Collection[str]) -> set[str]:
         """Read those of the names that have never been in memory; which they are."""
-        if self._unloaded is None:
-            return set()
-        wanted = self._unloaded.names.intersection(names)
-        specs = {name: tensor_spec(tensor) for name, tensor in named_tensors(module) if name in wanted}
-        assign_tensors(module, self._unloaded.checkpoint.read(specs, self._device))
-        return set(specs)
+        return set() if self._unloaded is None else read_unloaded(module, self._unloaded, self._device, names)
 
     def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
         self._refuse_if_broken()

@@ -8,7 +8,7 @@ never in memory (`Unloaded`) is what the file says.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,10 +75,14 @@ class Unloaded:
     names: frozenset[str]
 
 
-def load_all(module: nn.Module, unloaded: Unloaded, device: torch.device) -> None:
-    """Read every unloaded tensor into the module."""
-    specs = {name: tensor_spec(tensor) for name, tensor in named_tensors(module) if name in unloaded.names}
+def read_unloaded(
+    module: nn.Module, unloaded: Unloaded, device: torch.device, names: Collection[str] | None = None
+) -> set[str]:
+    """Read the unloaded ones of `names` (None: of all) into the module; which they are."""
+    wanted = unloaded.names if names is None else unloaded.names.intersection(names)
+    specs = {name: tensor_spec(tensor) for name, tensor in named_tensors(module) if name in wanted}
     assign_tensors(module, unloaded.checkpoint.read(specs, device))
+    return set(specs)
 
 
 def find_checkpoint(module: nn.Module) -> Checkpoint | None:
