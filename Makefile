@@ -41,6 +41,12 @@ benchmarks: $(INSTALLED)
 	$(BIN)/asyncdiff demo --picture docs/images/demo.png --json docs/benchmarks/demo.json
 	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --dtype bfloat16 --devices 2 --stages 2 --stride 1 \
 		--json docs/benchmarks/step-sd21.json
+	$(BIN)/asyncdiff bench --arch sd21 --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 50 \
+		--json docs/benchmarks/run-sd21.json --csv docs/benchmarks/run-sd21.csv --html docs/benchmarks/run-sd21.html
+	$(BIN)/asyncdiff bench --arch sdxl --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 12 \
+		--json docs/benchmarks/run-sdxl.json --csv docs/benchmarks/run-sdxl.csv --html docs/benchmarks/run-sdxl.html
+	$(BIN)/asyncdiff bench --arch sd3 --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 12 \
+		--json docs/benchmarks/run-sd3.json --csv docs/benchmarks/run-sd3.csv --html docs/benchmarks/run-sd3.html
 	$(BIN)/python -m asyncdiff.bench.noise_schedulers quality docs/noise-schedulers.md \
 		--json docs/benchmarks/noise-schedulers.json
 	$(BIN)/python -m asyncdiff.bench.readme README.md --demo docs/benchmarks/demo.json \

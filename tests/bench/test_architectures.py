@@ -12,7 +12,12 @@ from asyncdiff.bench.architectures import (
     architecture_named,
     build_denoiser,
 )
+from asyncdiff.bench.architectures.hidream import deal_out_tokens
 from asyncdiff.errors import ConfigurationError
+from asyncdiff.pipeline.denoiser import capture_call
+from asyncdiff.pipeline.examination import examine
+from asyncdiff.tiny import TINY_PIPELINES, TinyCall
+from asyncdiff.trace import flatten_inputs
 
 # Of the published checkpoints: to the parameter, or in billions as their cards and the hub round them. A
 # table of positions that is a buffer (sd3's) is not counted.
@@ -22,6 +27,7 @@ PUBLISHED = {
     "controlnet-sdxl": 2_567_463_684, "sd3": 2_028_328_000, "svd": 1.52, "animatediff": 0.8595 + 0.417,
     "sd35": 8.06, "flux": 11.9, "flux2": 32.2, "pixart-sigma": 0.61, "sana": 1.60, "hunyuan-dit": 1.5,
     "qwen-image": 20.4, "z-image": 6.15, "lumina2": 2.61, "aura-flow": 6.83, "chroma": 8.9, "cogview4": 6.37,
+    "hidream": 17.1,
     "omnigen": 3.76, "wan-2.1": 14.3, "wan-2.2": 14.3, "wan-2.2-5b": 5.0, "ltx": 1.92, "hunyuan-video": 12.8,
     "cogvideox": 5.57, "mochi": 10.03, "latte": 1.06, "kandinsky-3": 3.06, "stable-cascade-prior": 3.59,
     "stable-cascade-decoder": 1.56, "i2vgen-xl": 1.42, "text-to-video": 1.41,
@@ -36,6 +42,19 @@ def test_architecture_has_the_published_number_of_parameters(name: str) -> None:
         assert denoiser.num_parameters() == published
     else:
         assert denoiser.num_parameters() / 1e9 == pytest.approx(published, rel=0.01)
+
+
+def test_hidream_costs_what_it_costs_where_values_choose_the_experts() -> None:
+    family = TINY_PIPELINES["hidream"]
+    pipe = family.build()
+    args, kwargs = capture_call(pipe, [pipe.transformer], family.arguments(TinyCall()))
+    inputs = flatten_inputs(type(pipe.transformer).forward, args, kwargs)
+    chosen = examine(pipe.transformer, inputs, weights_at_hand=True)
+    assert chosen.recording.mode in ("hollow", "real")
+    deal_out_tokens(pipe.transformer)
+    dealt_out = examine(pipe.transformer, inputs, weights_at_hand=False)
+    assert dealt_out.recording.mode in ("fake", "mixed")
+    assert dealt_out.recording.work[0][0] == chosen.recording.work[0][0] > 0
 
 
 def test_unknown_architecture_is_refused_with_the_known_ones() -> None:
@@ -71,6 +90,7 @@ def test_loop_denoises(name: str) -> None:
     loop = DenoisingLoop(architecture, denoiser, 256, torch.bfloat16)
     steps: list[int] = []
     latents = loop(1, steps.append)
-    assert latents.shape == loop._latents.shape
+    noise = list(loop._latents.shape)
+    noise[architecture.channel_dim] -= architecture.picture_channels
+    assert list(latents.shape) == noise
     assert steps == [0]
-    assert loop.prediction_bytes == architecture.batch * latents.numel() * 2

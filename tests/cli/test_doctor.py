@@ -17,7 +17,11 @@ from asyncdiff.cli.doctor import missing_packages, run_checks
 from asyncdiff.cli.failures import run
 from asyncdiff.demo import DEMO_MODEL, load_demo_pipeline
 from asyncdiff.launch.probe import ProbeResult, _run_all, round_trip
-from asyncdiff.tiny import tiny_pipeline
+from asyncdiff.pipeline.all_denoisers import examine_denoisers
+from asyncdiff.pipeline.denoiser import denoisers_of
+from asyncdiff.pipeline.examination import Examination
+from asyncdiff.tiny import TINY_PIPELINES, tiny_pipeline
+from asyncdiff.tiny.text import T5_WIDTH, t5
 
 CPU = [{"name": "cpu", "kind": "cpu", "cores": 2}]
 
@@ -85,12 +89,13 @@ def test_demo_model_is_cut_where_parallelize_cuts_it(
     assert plan.predictions is not None
     assert code == 0
     assert verdict["from_configs"]
-    assert verdict["denoisers"] == {"unet": "UNet2DConditionModel"}
-    assert [stage["num_blocks"] for stage in verdict["stages"]] == [len(names) for names in plan.stages]
-    assert verdict["stages"][0]["blocks"][0][0] == plan.stages[0][0]
-    assert verdict["stages"][1]["blocks"] == [[plan.stages[1][0], plan.stages[1][-1]]]
-    assert [stage["weight_bytes"] for stage in verdict["stages"]] == list(plan.predictions.parameter_bytes)
-    assert verdict["crossing_bytes_per_step"] == plan.predictions.crossing_bytes_per_step
+    (unet,) = verdict["denoisers"]
+    assert (unet["name"], unet["class_name"]) == ("unet", "UNet2DConditionModel")
+    assert [stage["num_blocks"] for stage in unet["stages"]] == [len(names) for names in plan.stages]
+    assert unet["stages"][0]["blocks"][0][0] == plan.stages[0][0]
+    assert unet["stages"][1]["blocks"] == [[plan.stages[1][0], plan.stages[1][-1]]]
+    assert [stage["weight_bytes"] for stage in unet["stages"]] == list(plan.predictions.parameter_bytes)
+    assert unet["crossing_bytes_per_step"] == plan.predictions.crossing_bytes_per_step
     printed = capsys.readouterr().out
     assert plan.stages[1][-1] in printed
 
@@ -103,8 +108,9 @@ def test_transformer_folder_is_judged_without_its_weights(tmp_path: Path) -> Non
     code, verdict = verdict_on(model, "--stages", "3")
     assert code == 0
     assert verdict["from_configs"]
-    assert verdict["num_stages"] == len(verdict["stages"]) == 3
-    assert verdict["crossing_bytes_per_step"] > 0
+    (transformer,) = verdict["denoisers"]
+    assert verdict["num_stages"] == len(transformer["stages"]) == 3
+    assert transformer["crossing_bytes_per_step"] > 0
 
 
 def test_more_stages_than_blocks_is_exit_code_1(tmp_path: Path) -> None:
@@ -112,7 +118,7 @@ def test_more_stages_than_blocks_is_exit_code_1(tmp_path: Path) -> None:
     tiny_pipeline("sd3").save_pretrained(model)
     code, verdict = verdict_on(model, "--stages", "500")
     assert code == 1
-    assert "Use fewer stages" in verdict["why_not"]
+    assert "Use fewer stages" in verdict["denoisers"][0]["why_not"]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,53 @@ def test_example_call_is_found_for_other_pipelines(family: str, tmp_path: Path) 
     code, verdict = verdict_on(model)
     assert code == 0
     assert verdict["from_configs"]
+
+
+def wan_2_2() -> Any:
+    """With a text encoder, which the stand-in has not."""
+    pipe = tiny_pipeline("wan-2.2")
+    encoder, tokenizer = t5()
+    pipe.register_modules(text_encoder=encoder, tokenizer=tokenizer)
+    for name in TINY_PIPELINES["wan-2.2"].denoisers:
+        denoiser = getattr(pipe, name)
+        config = {**denoiser.config, "text_dim": T5_WIDTH, "rope_max_seq_len": 64}
+        # So that one is told from the other.
+        config["num_layers"] += name == "transformer_2"
+        setattr(pipe, name, type(denoiser).from_config(config))
+    return pipe
+
+
+def test_every_denoiser_is_looked_at_also_one_that_is_called_after_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "wan"
+    pipe = wan_2_2()
+    pipe.save_pretrained(model)
+    code, verdict = verdict_on(model, "--stages", "3")
+    assert code == 0
+    assert verdict["from_configs"]
+    assert [each["name"] for each in verdict["denoisers"]] == ["transformer", "transformer_2"]
+    printed = capsys.readouterr().out
+    for each in verdict["denoisers"]:
+        assert each["can_be_divided"]
+        assert len(each["stages"]) == 3
+        denoiser = getattr(pipe, each["name"])
+        assert each["stages"][-1]["blocks"][-1][-1].startswith(
+            ("proj_out", f"blocks.{len(denoiser.blocks) - 1}")
+        )
+        assert sum(stage["weight_bytes"] for stage in each["stages"]) >= sum(
+            tensor.nbytes for tensor in denoiser.parameters()
+        )
+        assert f"{each['name']} (WanTransformer3DModel)" in printed
+
+
+def test_denoisers_of_a_pipeline_of_pipelines_are_looked_at_in_the_order_of_their_calls() -> None:
+    pipe = tiny_pipeline("stable-cascade")
+    found = examine_denoisers(pipe, weights_at_hand=True)
+    assert list(found) == list(denoisers_of(pipe))
+    assert all(isinstance(each, Examination) for each in found.values()), found
+    assert "forward" not in vars(pipe.prior_prior)
+    assert "forward" not in vars(pipe.decoder)
 
 
 TOY = """
@@ -171,9 +224,10 @@ def test_denoiser_in_the_way_is_named_and_why(
     model = save_toy(tmp_path, monkeypatch)
     code, verdict = verdict_on(model)
     assert code == 1
-    assert "denoiser itself" in verdict["why_not"]
-    assert "'blocks.0'" in verdict["why_not"]
-    assert verdict["denoisers"] == {"unet": "LooksAtItsBlocks"}
+    (unet,) = verdict["denoisers"]
+    assert "denoiser itself" in unet["why_not"]
+    assert "'blocks.0'" in unet["why_not"]
+    assert (unet["name"], unet["class_name"]) == ("unet", "LooksAtItsBlocks")
     assert "'blocks.0'" in capsys.readouterr().out
 
 
@@ -198,7 +252,7 @@ def test_failed_example_call_is_told_from_a_module_in_the_way(
     model = save_toy(tmp_path, monkeypatch, sample_size=None)  # which the pipeline counts with
     code, verdict = verdict_on(model)
     assert code == 1
-    assert "an example call of the pipeline failed: TypeError" in verdict["why_not"]
+    assert "an example call of the pipeline failed: TypeError" in verdict["denoisers"][0]["why_not"]
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,8 @@ def test_help_loads_no_torch(command: list[str]) -> None:
     assert "Usage: asyncdiff" in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["bench"]], ids=["asyncdiff", "bench"])
-def test_group_without_command_shows_its_help(command: list[str]) -> None:
-    arguments = [sys.executable, "-m", "asyncdiff", *command]
+def test_group_without_command_shows_its_help() -> None:
+    arguments = [sys.executable, "-m", "asyncdiff"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "Commands" in done.stdout

@@ -33,12 +33,11 @@ from torch import nn
 import asyncdiff
 from asyncdiff.pipeline.handle import Handle
 from asyncdiff.stage.compiled import CompiledForward
-from asyncdiff.tiny import TINY_PIPELINES, TinyCall, TinyPipeline, flux, generate
+from asyncdiff.tiny import TINY_PIPELINES, TinyCall, TinyPipeline, generate
 from asyncdiff.weights import named_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
 
-FAMILIES = TINY_PIPELINES | {family.name: family for family in flux.FAMILIES}
 STEPS = 6
 EVALUATIONS = STEPS + 1  # PNDM evaluates its second step twice
 IN_ORDER, STALE = 99, 1
@@ -69,7 +68,7 @@ class Combination:
 
     @property
     def stand_in(self) -> TinyPipeline:
-        return FAMILIES[self.family]
+        return TINY_PIPELINES[self.family]
 
     def build(self) -> Any:
         pipe = self.stand_in.build()
@@ -113,8 +112,8 @@ def lora(denoiser: Any, seed: int = 5, rank: int = 2) -> LoraConfig:
 
 def save_lora(folder: Path, family: str = "sd15", seed: int = 5, rank: int = 2) -> Path:
     """A LoRA as people download it: a folder with a safetensors file."""
-    pipe = FAMILIES[family].build()
-    name = FAMILIES[family].denoisers[0]
+    pipe = TINY_PIPELINES[family].build()
+    name = TINY_PIPELINES[family].denoisers[0]
     denoiser = getattr(pipe, name)
     denoiser.add_adapter(lora(denoiser, seed, rank))
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
@@ -443,8 +442,8 @@ def change_adapters(pipe: Any, first: Path, second: Path) -> Iterator[None]:
 def pictures_of_changes(pipe: Any, family: str, first: Path, second: Path) -> list[torch.Tensor]:
     call = TinyCall(steps=4)
     changes = change_adapters(pipe, first, second)
-    made = [generate(FAMILIES[family], pipe, call)]
-    return made + [generate(FAMILIES[family], pipe, call) for _ in changes]
+    made = [generate(TINY_PIPELINES[family], pipe, call)]
+    return made + [generate(TINY_PIPELINES[family], pipe, call) for _ in changes]
 
 
 @pytest.mark.parametrize(
@@ -459,10 +458,10 @@ def pictures_of_changes(pipe: Any, family: str, first: Path, second: Path) -> li
 )
 def test_adapters_may_be_changed_while_divided(family: str, devices: int | None, tmp_path: Path) -> None:
     first, second = (save_lora(tmp_path / str(seed), family, seed, rank=seed - 3) for seed in (5, 6))
-    exact = pictures_of_changes(FAMILIES[family].build(), family, first, second)
+    exact = pictures_of_changes(TINY_PIPELINES[family].build(), family, first, second)
     assert not any(starmap(torch.equal, pairwise(exact[:7]))), "an adapter changes nothing"
-    pipe = FAMILIES[family].build()
-    denoiser = getattr(pipe, FAMILIES[family].denoisers[0])
+    pipe = TINY_PIPELINES[family].build()
+    denoiser = getattr(pipe, TINY_PIPELINES[family].denoisers[0])
     with asyncdiff.parallelize(pipe, devices, num_stages=2, warmup_steps=IN_ORDER):
         made = pictures_of_changes(pipe, family, first, second)
     assert [torch.equal(a, b) for a, b in zip(made, exact, strict=True)] == [True] * len(exact)
@@ -481,14 +480,14 @@ def test_adapter_may_be_loaded_before_the_first_run_and_in_the_middle_of_one(tmp
         return {}
 
     def make(devices: int | None, warmup_steps: int | None) -> list[torch.Tensor]:
-        pipe = FAMILIES["sd15"].build()
+        pipe = TINY_PIPELINES["sd15"].build()
         call = TinyCall(steps=STEPS)
         handle = None
         if warmup_steps is not None:
             handle = asyncdiff.parallelize(pipe, devices, num_stages=2, warmup_steps=warmup_steps)
         pipe.load_lora_weights(folder, adapter_name="early")
-        made = [generate(FAMILIES["sd15"], pipe, call, callback_on_step_end=change)]
-        made.append(generate(FAMILIES["sd15"], pipe, call))
+        made = [generate(TINY_PIPELINES["sd15"], pipe, call, callback_on_step_end=change)]
+        made.append(generate(TINY_PIPELINES["sd15"], pipe, call))
         if handle is not None:
             assert len(handle.last_run.steps) == EVALUATIONS
             handle.remove()
@@ -502,11 +501,11 @@ def test_adapter_may_be_loaded_before_the_first_run_and_in_the_middle_of_one(tmp
 
 
 def test_scale_of_an_adapter_may_differ_from_call_to_call(tmp_path: Path) -> None:
-    pipe = FAMILIES["sdxl"].build()
+    pipe = TINY_PIPELINES["sdxl"].build()
     pipe.load_lora_weights(save_lora(tmp_path, "sdxl"))
 
     def make(scale: float) -> torch.Tensor:
-        return generate(FAMILIES["sdxl"], pipe, cross_attention_kwargs={"scale": scale})
+        return generate(TINY_PIPELINES["sdxl"], pipe, cross_attention_kwargs={"scale": scale})
 
     exact = {scale: make(scale) for scale in (1.0, 0.3)}
     assert not torch.equal(*exact.values())
@@ -537,9 +536,9 @@ def test_scale_of_an_image_prompt_may_change_in_the_middle_of_a_run() -> None:
 
 
 def test_refiner_goes_on_where_the_base_stops() -> None:
-    base = FAMILIES["sdxl"].build()
-    refiner = quiet(StableDiffusionXLImg2ImgPipeline(**FAMILIES["sdxl"].build().components))
-    arguments = FAMILIES["sdxl"].arguments(TinyCall(steps=10))
+    base = TINY_PIPELINES["sdxl"].build()
+    refiner = quiet(StableDiffusionXLImg2ImgPipeline(**TINY_PIPELINES["sdxl"].build().components))
+    arguments = TINY_PIPELINES["sdxl"].arguments(TinyCall(steps=10))
     size = {"height", "width", "generator"}
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
@@ -761,7 +760,7 @@ def _linear_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
 @pytest.mark.parametrize("devices", [None, pytest.param(2, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("quantise", [quantise_with_torchao, quantise_with_bitsandbytes, quantise_as_gguf])
 def test_quantised_weights_are_divided_as_they_are(quantise: Change, devices: int | None) -> None:
-    family = FAMILIES["flux"]
+    family = TINY_PIPELINES["flux"]
     pipe = family.build()
     calls = (TinyCall(), TinyCall(seed=1, large=True))
     plain = generate(family, pipe, calls[0])

@@ -14,14 +14,14 @@ from asyncdiff.tiny import TINY_PIPELINES, TinyCall, TinyPipeline, generate
 
 pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
 
-FAMILIES = [pytest.param(family, id=name) for name, family in TINY_PIPELINES.items()]
 IN_ORDER = 99
 
 
 @pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.wide)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_in_order_is_bitwise_the_untouched_pipeline(family: TinyPipeline, num_stages: int) -> None:
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_in_order_is_bitwise_the_untouched_pipeline(name: str, num_stages: int) -> None:
     """Also with another resolution and batch in between; and `remove` leaves nothing behind."""
+    family = TINY_PIPELINES[name]
     pipe = family.build()
     calls = (TinyCall(), TinyCall(seed=1, large=True), TinyCall(seed=2, batch=2))
     alone = [generate(family, pipe, call) for call in calls]
@@ -29,13 +29,14 @@ def test_in_order_is_bitwise_the_untouched_pipeline(family: TinyPipeline, num_st
     with asyncdiff.parallelize(pipe, num_stages=num_stages, warmup_steps=IN_ORDER):
         for call, expected in zip(calls, alone, strict=True):
             assert torch.equal(generate(family, pipe, call), expected), call
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(family, pipe).items())
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in weights_of(family, pipe).items())
     assert torch.equal(generate(family, pipe), alone[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_later_steps_use_states_of_earlier_ones(family: TinyPipeline) -> None:
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_later_steps_use_states_of_earlier_ones(name: str) -> None:
     """Every call is placed in its run: the picture differs from the one in order, and is the same again."""
+    family = TINY_PIPELINES[name]
     pipe = family.build()
     call = TinyCall(steps=6)
     alone = generate(family, pipe, call)
@@ -47,9 +48,10 @@ def test_later_steps_use_states_of_earlier_ones(family: TinyPipeline) -> None:
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes_are_bitwise_the_local_executor(family: TinyPipeline) -> None:
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_two_processes_are_bitwise_the_local_executor(name: str) -> None:
     """And send what the graph says, hold their own weights only, and give everything back."""
+    family = TINY_PIPELINES[name]
     pipe = family.build()
     calls = (TinyCall(steps=6), TinyCall(steps=6, seed=1, large=True), TinyCall(steps=6, seed=2, batch=2))
     alone = generate(family, pipe, calls[0])

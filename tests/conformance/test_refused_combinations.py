@@ -25,12 +25,12 @@ from torch import nn
 
 import asyncdiff
 from asyncdiff.errors import AsyncDiffError, ConfigurationError, ParallelizedError
-from asyncdiff.tiny import TINY_PIPELINES, TinyCall, flux, generate
+from asyncdiff.tiny import TINY_PIPELINES, TinyCall, generate
 
 pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
 
 SD = TINY_PIPELINES["sd15"]
-FLUX = next(family for family in flux.FAMILIES if family.name == "flux")
+FLUX = TINY_PIPELINES["flux"]
 CPU = torch.device("cpu")
 
 
@@ -68,6 +68,16 @@ def replace_by_compiled(pipe: Any) -> None:
     pipe.unet = torch.compile(pipe.unet, backend="eager")
 
 
+def quantise_to_int8(pipe: Any) -> None:
+    """By bitsandbytes where it is installed, else by layers of that name: only it is looked at."""
+    module = pipe.transformer.transformer_blocks[0].attn
+    try:
+        from bitsandbytes.nn import Linear8bitLt
+    except ImportError:
+        Linear8bitLt = type("Linear8bitLt", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    module.to_q = Linear8bitLt(module.to_q.in_features, module.to_q.out_features)
+
+
 # What is switched on, of which pipeline, and what the refusal says when it was there before.
 BEFORE = {
     "group-offload": (SD, lambda p: p.unet.enable_group_offload(CPU, offload_type="leaf_level"),
@@ -90,6 +100,7 @@ BEFORE = {
     "faster-cache": (FLUX, faster_cache, r"cache enabled \(FasterCache"),
     "parallelism": (FLUX, set_parallel_config, "in another way already.*do without asyncdiff"),
     "data-parallel": (SD, wrap, r"wrapped in DataParallel.*its \.module"),
+    "int8": (FLUX, quantise_to_int8, r"attn\.to_q has bitsandbytes' int8 weights.*load_in_4bit=True"),
     "compiled": (SD, compile_whole, r"compiled as a whole.*compile_repeated_blocks\(\)"),
     "compiled-copy": (SD, replace_by_compiled, r"compiled as a whole.*compile_repeated_blocks\(\)"),
 }  # fmt: skip

@@ -11,12 +11,21 @@ import pytest
 from processes import run_script
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "under_torchrun.py")
+SEVERAL_DENOISERS = str(Path(__file__).parent / "scripts" / "several_denoisers.py")
 TORCHRUN = ["-m", "torch.distributed.run"]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_torchrun_equals_local_executor(world_size: int) -> None:
     check(run_script([*TORCHRUN, "--standalone", "--nproc-per-node", str(world_size), SCRIPT]), world_size)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("family", "world_size"), [("wan-2.2", 2), ("wan-2.2", 3), ("stable-cascade", 2)])
+def test_torchrun_equals_local_executor_with_two_denoisers(family: str, world_size: int) -> None:
+    """One hands over to the other in the middle of the run, or follows it."""
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", str(world_size), SEVERAL_DENOISERS, family]
+    check(run_script(command), world_size)
 
 
 def test_script_with_a_default_process_group_of_its_own() -> None:

@@ -1,6 +1,7 @@
-"""Makes `random_pipelines` (shared by the tests of pipelines) importable."""
+"""Makes `random_pipelines` (shared by the tests of pipelines) and `processes` importable."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "runtime"))

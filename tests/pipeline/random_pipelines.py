@@ -1,7 +1,7 @@
-"""Real diffusers pipelines with tiny random weights, and one way to call all of them.
+"""Pipelines of the stand-ins' parts without text encoders, and one way to call all of them.
 
-Tokenizers cannot be made up, so prompts are given as embeddings; pictures are latents unless a test asks for
-more.
+Prompts are given as embeddings, so that nothing but the denoiser computes; pictures are latents unless a test
+asks for more.
 """
 
 from __future__ import annotations
@@ -11,37 +11,19 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 
-TOKENS, WIDTH = 5, 8
+from asyncdiff.tiny.parts import autoencoder, quiet, random_weights
+from asyncdiff.tiny.stable_diffusion import unet
+from asyncdiff.tiny.text import CLIP_WIDTH
 
-
-def unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    config: dict[str, Any] = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
-        "cross_attention_dim": WIDTH, "attention_head_dim": 2,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }  # fmt: skip
-    return UNet2DConditionModel(**(config | changes)).eval()
-
-
-def vae(**changes: Any) -> AutoencoderKL:
-    torch.manual_seed(1)
-    config: dict[str, Any] = {
-        "block_out_channels": (4,), "norm_num_groups": 2, "latent_channels": 4,
-        "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",),
-    }  # fmt: skip
-    return AutoencoderKL(**(config | changes)).eval()
+TOKENS, WIDTH = 5, CLIP_WIDTH
 
 
 def sd(pipeline: type = StableDiffusionPipeline, **components: Any) -> Any:
@@ -51,7 +33,7 @@ def sd(pipeline: type = StableDiffusionPipeline, **components: Any) -> Any:
         "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
     } | components  # fmt: skip
     parts["unet"] = parts["unet"] or unet()
-    parts["vae"] = parts["vae"] or vae()
+    parts["vae"] = parts["vae"] or autoencoder()
     parts["scheduler"] = parts["scheduler"] or DDIMScheduler()
     return quiet(pipeline(**parts))
 
@@ -67,33 +49,33 @@ def sdxl(**components: Any) -> StableDiffusionXLPipeline:
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=time_ids + embedding,
     )
-    parts["vae"] = parts["vae"] or vae()
+    parts["vae"] = parts["vae"] or autoencoder()
     parts["scheduler"] = parts["scheduler"] or DDIMScheduler()
     return quiet(StableDiffusionXLPipeline(**parts))
 
 
+def _sd3_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=4, attention_head_dim=4, num_attention_heads=2,
+        caption_projection_dim=8, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, out_channels=4,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+
+
 def sd3(**components: Any) -> StableDiffusion3Pipeline:
-    torch.manual_seed(0)
     parts: dict[str, Any] = {
         "transformer": None, "vae": None, "scheduler": None, "text_encoder": None, "text_encoder_2": None,
         "text_encoder_3": None, "tokenizer": None, "tokenizer_2": None, "tokenizer_3": None,
     } | components  # fmt: skip
-    parts["transformer"] = parts["transformer"] or SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, num_layers=4, attention_head_dim=4, num_attention_heads=2,
-        caption_projection_dim=8, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, out_channels=4,
-        pos_embed_max_size=16,
-    ).eval()  # fmt: skip
-    parts["vae"] = parts["vae"] or vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
+    parts["transformer"] = parts["transformer"] or random_weights(_sd3_transformer)
+    parts["vae"] = parts["vae"] or autoencoder(
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06
+    )
     parts["scheduler"] = parts["scheduler"] or FlowMatchEulerDiscreteScheduler()
     return quiet(StableDiffusion3Pipeline(**parts))
 
 
 PIPELINES: dict[str, Callable[..., Any]] = {"sd": sd, "sdxl": sdxl, "sd3": sd3}
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def denoiser(pipe: Any) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from random_pipelines import generate, prompt, sd, sd3
 
 import asyncdiff
@@ -99,6 +101,66 @@ def test_profiled_plan_measures_every_block() -> None:
     with asyncdiff.parallelize(pipe, plan=replace(plan, warmup_steps=99)):
         parallel = generate(pipe)
     assert torch.equal(parallel, generate(pipe))
+
+
+class Dawdler(DDIMScheduler):
+    """A noise scheduler that takes 20 ms a step."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return super().step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("steps", [8, 3, 2])
+def test_profile_counts_the_driver_s_own_work(steps: int) -> None:
+    """As the first stage's; also where a run has only one interval between two denoiser calls."""
+    pipe = sd(scheduler=Dawdler())
+    call = example(pipe) | {"num_inference_steps": steps}
+    plan = asyncdiff.plan(pipe, num_stages=2, profile=True, example=call)
+    assert plan.predictions is not None
+    assert 0.02 <= plan.predictions.driver_seconds < 0.2
+    assert plan.predictions.stage_seconds[0] > 0.02
+    assert generate(pipe) is not None
+
+
+def test_profile_of_a_run_of_one_step_has_no_driver_s_work() -> None:
+    pipe = sd(scheduler=Dawdler())
+    plan = asyncdiff.plan(
+        pipe, num_stages=2, profile=True, example=example(pipe) | {"num_inference_steps": 1}
+    )
+    assert plan.predictions is not None
+    assert plan.predictions.driver_seconds == 0.0
+
+
+def test_profile_leaves_nothing_behind() -> None:
+    pipe = sd()
+    picture, forward = generate(pipe), vars(pipe.unet).get("forward")
+    asyncdiff.plan(pipe, num_stages=2, profile=True, example=example(pipe))
+    assert vars(pipe.unet).get("forward") is forward
+    assert torch.equal(generate(pipe), picture)
+
+
+@pytest.mark.parametrize("partition", [None, "chain", "nested"])
+def test_stated_speeds_move_the_cut(partition: str | None) -> None:
+    """A second device of a third of the speed gets less than the first; the plan says what it assumed."""
+    pipe = sd()
+    how = {"example": example(pipe), "partition": partition}
+    even, uneven = (asyncdiff.plan(pipe, ["cpu", "cpu"], speeds=s, **how) for s in (None, (1.0, 1 / 3)))
+    assert even.predictions is not None
+    assert uneven.predictions is not None
+    assert uneven.predictions.speeds == (1.0, 1 / 3)
+    assert uneven.predictions.segment_seconds[-1] != even.predictions.segment_seconds[-1]
+    slow_share = uneven.predictions.stage_seconds[1] / 3 / sum(even.predictions.stage_seconds)
+    assert 0.1 < slow_share < 0.4  # a quarter, as near as blocks allow
+    with asyncdiff.parallelize(pipe, plan=uneven, runtime="local"):
+        assert generate(pipe, steps=6).isfinite().all()
+
+
+@pytest.mark.parametrize("speeds", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), ("fast", "slow")])
+def test_speeds_that_are_none_are_refused(speeds: Any) -> None:
+    pipe = sd()
+    with pytest.raises(ConfigurationError, match="needs 2 positive device speeds"):
+        asyncdiff.plan(pipe, ["cpu", "cpu"], speeds=speeds, example=example(pipe))
 
 
 def test_example_that_never_calls_the_denoiser_is_refused() -> None:

@@ -70,6 +70,20 @@ def test_traffic_is_not_multiplied_for_a_little_weight() -> None:
     assert chosen(graph, 2).kind == "chain"
 
 
+def test_a_kind_that_no_device_can_hold_is_left_out() -> None:
+    """A chain's halves hold at least 32 of 54; a nested split can keep to 56 %."""
+
+    def make(kind: str, share: float | None) -> Plan:
+        limit = min(0.56, 1.0 if share is None else share)
+        return make_plan(unet_like(), Settings(2), ["cpu"], kind=kind, max_weight_share=limit)
+
+    with pytest.raises(ConfigurationError, match="given share"):
+        make("chain", None)
+    plan = choose_plan([make], 2)
+    assert plan.kind == "nested"
+    assert largest_share(plan) <= 0.56
+
+
 def test_one_stage_is_a_chain() -> None:
     assert chosen(unet_like(), 1).kind == "chain"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from graphs import make_graph
@@ -41,14 +42,19 @@ def all_nested(graph: BlockGraph, num_stages: int) -> Iterator[Partition]:
         yield Partition("nested", (tuple(keys[: cuts[0]] + keys[cuts[-1] :]), *inner))
 
 
-def largest_stage(graph: BlockGraph, partition: Partition, speeds: tuple[float, ...]) -> float:
-    """Straight from the definition: blocks and glue of each stage over the speed of its slowest device."""
+def largest_stage(
+    graph: BlockGraph, partition: Partition, speeds: tuple[float, ...], driver_seconds: float = 0.0
+) -> float:
+    """Straight from the definition, rank by rank: blocks and glue of its stage over its speed, and on rank 0
+    what the driver does for every step of a round."""
     seconds = {block.key: block.flops for block in graph.blocks}
     glue = graph.glue_flops if sum(seconds.values()) else 0.0
-    devices = [[speed] for speed in speeds[: partition.num_stages]]
-    devices[partition.replicated_stage] += speeds[partition.num_stages :]
     costs = [sum(seconds[key] for key in keys) + glue for keys in partition.stages]
-    return max(cost / min(own) for cost, own in zip(costs, devices, strict=True))
+    stride = len(speeds) - partition.num_stages + 1
+    ranks = [*range(partition.num_stages), *[partition.replicated_stage] * (stride - 1)]
+    busy = [costs[stage] / speed for stage, speed in zip(ranks, speeds, strict=True)]
+    busy[0] += stride * driver_seconds
+    return max(busy)
 
 
 def largest_share(graph: BlockGraph, partition: Partition) -> float:
@@ -82,21 +88,28 @@ def test_partition_is_the_best_there_is(kind: str, data: st.DataObject) -> None:
         for each in every(graph, num_stages)
         if share is None or largest_share(graph, each) <= share + 1e-12
     ]
+    driver = data.draw(st.sampled_from([0.0, 0.5, 4.0]))
     options = {"speeds": speeds, "stride": stride, "imbalance": imbalance, "max_weight_share": share}
+    options["driver_seconds"] = driver
     if not possible:
         with pytest.raises(ConfigurationError, match="within the given share"):
             cut(graph, num_stages, **options)
         return
-    best = min(largest_stage(graph, each, speeds) for each in possible)
+    best = min(largest_stage(graph, each, speeds, driver) for each in possible)
     allowed = [
         each
         for each in possible
-        if largest_stage(graph, each, speeds) <= best * (1 + imbalance) * (1 + 1e-12)
+        if largest_stage(graph, each, speeds, driver) <= best * (1 + imbalance) * (1 + 1e-12)
     ]
     found = cut(graph, num_stages, **options)
     assert found in possible
     found.validate(graph)
-    assert largest_stage(graph, found, speeds) <= best * (1 + imbalance) * (1 + 1e-6)
+    assert largest_stage(graph, found, speeds, driver) <= best * (1 + imbalance) * (1 + 1e-6)
+    if sum(block.flops for block in graph.blocks):
+        predicted = predict(
+            graph, found, estimate_seconds(graph), stride=stride, speeds=speeds, driver_seconds=driver
+        )
+        assert max(predicted.stage_seconds) == pytest.approx(largest_stage(graph, found, speeds, driver))
     fewest = min(crossing_bytes_of(graph, each, stride) for each in allowed)
     assert crossing_bytes_of(graph, found, stride) == fewest
 
@@ -120,6 +133,27 @@ def test_a_slow_device_gets_less() -> None:
     graph = make_graph([1.0] * 9, [[], *([i] for i in range(8))], [8], [1] * 9)
     assert [len(keys) for keys in partition_chain(graph, 2, speeds=(2.0, 1.0)).stages] == [6, 3]
     assert [len(keys) for keys in partition_nested(graph, 2, speeds=(1.0, 2.0)).stages] == [3, 6]
+
+
+def test_the_driver_s_own_work_counts_as_the_first_stage_s() -> None:
+    """Nine blocks of 1 s, 3 s of driver work: 3 and 6 blocks make 6 s each."""
+    graph = make_graph([1.0] * 9, [[], *([i] for i in range(8))], [8], [1] * 9)
+    for cut in (partition_chain, partition_nested):
+        assert [len(keys) for keys in cut(graph, 2, driver_seconds=3.0).stages] == [3, 6]
+        # The driver is as slow as it was measured to be, whatever its device is called.
+        assert [len(k) for k in cut(graph, 2, speeds=(2.0, 2.0), driver_seconds=2.5).stages] == [2, 7]
+
+
+def test_each_step_of_a_round_is_the_driver_s_work() -> None:
+    """Stride 2, the first stage replicated (nested): only rank 0 has the work, twice a round."""
+    graph = make_graph([1.0] * 9, [[], *([i] for i in range(8))], [8], [1] * 9)
+    found = partition_nested(graph, 2, stride=2, driver_seconds=1.5)
+    assert [len(keys) for keys in found.stages] == [3, 6]
+    found = partition_nested(graph, 2, stride=2, speeds=(1.0, 1.0, 0.5), driver_seconds=1.5)
+    assert [len(keys) for keys in found.stages] == [3, 6]  # 3 / 0.5 = 3 + 2 * 1.5
+    assert predict(
+        graph, found, [1.0] * 9, stride=2, speeds=(1.0, 1.0, 0.5), driver_seconds=1.5
+    ).stage_seconds == (6.0, 6.0)
 
 
 def test_replicated_stage_is_as_fast_as_its_slowest_copy() -> None:
@@ -173,6 +207,35 @@ def test_predictions_follow_from_their_definitions() -> None:
     # b0 (4 bytes, also read by the output) and b1 (8 bytes), once a round of three steps to three copies.
     assert found.crossing_bytes_per_step == 12.0
     assert found.parameter_bytes == (20, 20)
+    assert (found.driver_seconds, found.speeds) == (0.0, (1.0, 1.0, 0.5, 1.0))
+    driven = predict(graph, partition, estimate_seconds(graph), stride=3, driver_seconds=2.0)
+    assert driven.stage_seconds == (11.0, 5.0)
+    assert driven.ideal_speedup == pytest.approx((9.0 + 2.0) / (11.0 / 3))
+
+
+def test_stages_that_read_the_latents_are_known() -> None:
+    """Through a block, or for the output; unknown where the graph does not say what the latents are."""
+    graph = make_graph([1.0] * 4, [[], [0], [1], [2]], [3], [1] * 4)
+    blocks = (replace(graph.blocks[0], inputs=("sample", "timestep")), *graph.blocks[1:])
+    keys = [block.key for block in graph.blocks]
+    chain = Partition("chain", (tuple(keys[:2]), tuple(keys[2:])))
+    nested = Partition("nested", ((keys[0], keys[3]), (keys[1], keys[2])))
+
+    def stages(partition: Partition, **changes: object) -> tuple[int, ...] | None:
+        changed = replace(graph, blocks=blocks, **changes)
+        return predict(changed, partition, [1.0] * 4).latents_stages
+
+    assert stages(chain) is None
+    assert stages(chain, latents=("sample",)) == (0,)
+    assert stages(chain, latents=("sample",), output_inputs=("sample",)) == (0, 1)
+    assert stages(nested, latents=("sample",), output_inputs=("sample",)) == (0,)
+    assert stages(chain, latents=("another",)) == ()
+
+
+def test_measured_glue_counts_as_measured() -> None:
+    graph = replace(make_graph([3.0, 1.0], [[], [0]], [1], [1, 1], glue=1.0), glue_seconds=0.25)
+    found = predict(graph, partition_chain(graph, 2), estimate_seconds(graph))
+    assert found.stage_seconds == (3.25, 1.25)
 
 
 def test_nested_predictions_count_glue_once_per_stage() -> None:

@@ -19,7 +19,7 @@ from asyncdiff.planner import (
     partition_by_names,
     simulate,
 )
-from asyncdiff.planner.costs import rates_of
+from asyncdiff.planner.costs import estimate_driver_seconds, rates_of
 from asyncdiff.simulation import Machine
 
 PATHS = ("conv_in", "down.0.resnets.0", "down.0.attn", "down.1.resnets.0", "mid", "up.0", "up.0", "conv_out")
@@ -182,6 +182,41 @@ def test_a_partition_with_another_number_of_stages_is_refused(graph: BlockGraph)
         )
     with pytest.raises(ConfigurationError, match='kind must be "chain" or "nested"'):
         make_plan(graph, Settings(2), ["cpu"], kind="auto")
+
+
+def test_a_plan_simulates_with_the_driver_s_work_and_says_what_it_assumed(graph: BlockGraph) -> None:
+    measured = dataclasses.replace(
+        graph, blocks=tuple(dataclasses.replace(each, seconds=1.0) for each in graph.blocks)
+    )
+    plan = make_plan(measured, Settings(2), ["cpu", "cpu"], speeds=(1.0, 0.5), driver_seconds=0.5)
+    assert [len(names) for names in plan.stages] == [5, 3]  # 5.5 s and 6 s
+    machine = Machine((1.0, 0.5))
+    assert simulate(plan, machine, num_steps=1).total_s == 5.0 + 6.0 + 0.5
+    assert simulate(plan, machine, num_steps=1, driver_seconds=0.0).total_s == 11.0
+    loaded = Plan.from_json(plan.to_json())
+    assert loaded == plan
+    assert loaded.predictions is not None
+    assert (loaded.predictions.driver_seconds, loaded.predictions.speeds) == (0.5, (1.0, 0.5))
+
+
+def test_a_file_from_before_the_driver_counted_is_read(graph: BlockGraph) -> None:
+    plan = make_plan(graph, Settings(2), ["cpu"], driver_seconds=0.0)
+    data = json.loads(plan.to_json())
+    del data["predictions"]["driver_seconds"], data["predictions"]["speeds"]
+    assert Plan.from_json(json.dumps(data)) == plan
+
+
+def test_driver_s_work_is_estimated_as_blocks_are(graph: BlockGraph) -> None:
+    """From bytes alone; nothing beside blocks that were measured, which are in other units."""
+    spec = TensorSpec((1000,), (1,), "float32")
+    whole = dataclasses.replace(graph, outputs=(spec,))
+    per_byte = 1 / rates_of("cpu", "float32").bytes_per_s
+    assert estimate_driver_seconds(whole, "cpu", "float32") == pytest.approx(6 * 4000 * per_byte)
+    blocks = tuple(dataclasses.replace(each, seconds=1.0) for each in graph.blocks)
+    assert estimate_driver_seconds(dataclasses.replace(whole, blocks=blocks)) == 0.0
+    plan = make_plan(whole, Settings(2), ["cpu"], dtype="float32")
+    assert plan.predictions is not None
+    assert plan.predictions.driver_seconds == estimate_driver_seconds(whole, "cpu", "float32")
 
 
 def test_description_is_a_table(graph: BlockGraph) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from asyncdiff.graph import BlockKey
-from asyncdiff.profile import time_calls
+from asyncdiff.profile import add_up, time_calls
 from asyncdiff.trace import flatten_inputs
 
 CPU = torch.device("cpu")
@@ -80,3 +80,58 @@ def test_restored_after_a_forward_that_raises() -> None:
         time_calls(net, inputs_of(net), KEYS, CPU, runs=1)
     assert "forward" not in vars(net.short)
     assert "forward" not in vars(net.long)
+
+
+def test_what_lies_in_a_call_adds_up_to_it() -> None:
+    """By hand: 10 s of which the parts make 8, and 2 s of them (scaled: 2.5) with parts of 5."""
+    outer, left, right, deep, other = (BlockKey(name) for name in ("outer", "left", "right", "deep", "other"))
+    parents = {outer: None, left: outer, right: outer, deep: right, other: None}
+    found = add_up({outer: 10.0, left: 6.0, right: 2.0, deep: 5.0, other: 3.0}, parents)
+    assert found == {outer: 10.0, left: 7.5, right: 2.5, deep: 2.5, other: 3.0}
+
+
+def test_parts_of_what_was_not_timed_are_as_they_were() -> None:
+    outer, inner = BlockKey("outer"), BlockKey("inner")
+    assert add_up({inner: 2.0}, {outer: None, inner: outer}) == {inner: 2.0}
+    assert add_up({outer: 1.0, inner: 0.0}, {outer: None, inner: outer}) == {outer: 1.0, inner: 0.0}
+
+
+class Nested(nn.Module):
+    """Sleeps 20 ms by itself and 30 in a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Sleeper(0.03)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return self.part(sample)
+
+
+def test_a_call_takes_as_long_as_itself_and_what_lies_in_it() -> None:
+    """Also the whole forward, by the empty path; asked for alone, a call is the same."""
+    net = Nested()
+    whole, part = BlockKey(""), BlockKey("part")
+    inputs = flatten_inputs(Nested.forward, (torch.zeros(1),), {})
+    seconds = time_calls(net, inputs, [whole, part], CPU, runs=3)
+    assert seconds[part] >= 0.03
+    assert seconds[whole] - seconds[part] >= 0.02
+    assert time_calls(net, inputs, [whole], CPU, runs=1)[whole] >= 0.05
+
+
+def test_a_slow_run_of_one_part_does_not_count_elsewhere() -> None:
+    """One forward of three in which the part takes long: neither it nor what calls it does, by medians."""
+
+    class Once(Sleeper):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            time.sleep(1.0 if self.calls == 2 else 0.01)
+            return x
+
+    net = Nested()
+    net.part = Once(0.0)
+    whole, part = BlockKey(""), BlockKey("part")
+    inputs = flatten_inputs(Nested.forward, (torch.zeros(1),), {})
+    seconds = time_calls(net, inputs, [whole, part], CPU, runs=3)
+    assert seconds[part] < 0.5
+    assert seconds[whole] < 0.5

@@ -11,6 +11,7 @@ import pytest
 from asyncdiff.launch.spawn import SpawnedWorkers
 from asyncdiff.pipeline import front_door
 from asyncdiff.runtime.control import WorkerConnection
+from asyncdiff.runtime.remote import WorkerUsers
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,6 +28,10 @@ class SharedWorkers:
     @property
     def connections(self) -> dict[int, WorkerConnection]:
         return {rank: self._workers.connections[rank] for rank in range(1, self._count + 1)}
+
+    @property
+    def users(self) -> WorkerUsers:
+        return self._workers.users
 
     def kill(self, rank: int) -> None:
         self._workers.kill(rank)

@@ -4,6 +4,7 @@ there.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -48,6 +49,16 @@ def _interrupt_parent() -> None:
     time.sleep(0.3)
 
 
+def _tell_prepared() -> None:
+    """As an error, which reaches the driver."""
+    from asyncdiff.stage import StageReplica
+
+    replicas = [each for each in gc.get_objects() if isinstance(each, StageReplica)]
+    stubs = [stub for replica in replicas for stub in replica._stubs.values()]
+    counts = [len(replica._specs) for replica in replicas] + [len(stub.actions) for stub in stubs]
+    raise RuntimeError(f"prepared at most {max(counts)}")
+
+
 ACTIONS: dict[str, Callable[[], None]] = {
     "fail": _fail,
     "fail late": _fail_late,
@@ -56,6 +67,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "interrupt driver": _interrupt_parent,
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
     "kill driver": lambda: os.kill(os.getppid(), signal.SIGKILL),
+    "tell prepared": _tell_prepared,
     "sleep": lambda: time.sleep(60),
 }
 

@@ -57,7 +57,7 @@ def test_exception_in_the_middle_stage_leaves_the_others_ready(orders: Path) -> 
     sabotage(pipe, "mid_block", orders)
     with asyncdiff.parallelize(pipe, devices=["cpu"] * 3, partition=STAGES_OF_THREE):
         expected = generate(pipe, num_steps=8)
-        for step in (0, 3, 5):
+        for step in (0, 3, 4):  # after step 5 the last round of this stage has been announced and may be over
             with pytest.raises(WorkerError, match=r"rank 1 \(stage 1\) failed at step .*sabotage"):
                 generate(pipe, num_steps=8, callback_on_step_end=ordering_at(step, orders, "fail"))
             assert torch.equal(generate(pipe, num_steps=8), expected)

@@ -37,9 +37,9 @@ def open_pair(
     return [made[0], made[1]]
 
 
-@pytest.fixture
-def pair() -> Iterator[list[Transport]]:
-    transports = open_pair("gloo", ("cpu", "cpu"))
+@pytest.fixture(params=["gloo", "shared_memory"])
+def pair(request: pytest.FixtureRequest) -> Iterator[list[Transport]]:
+    transports = open_pair(request.param, ("cpu", "cpu"))
     yield transports
     for transport in transports:
         transport.close()
@@ -104,7 +104,8 @@ def test_both_directions_at_once_with_much_on_the_way(pair: list[Transport]) -> 
         assert pair[rank].receive(1 - rank, Parcel(Stream.STATE, i), spec).wait()[-1] == i + 1 - rank
 
 
-def test_watch_ends_a_wait_that_would_last_forever() -> None:
+@pytest.mark.parametrize("backend", ["gloo", "shared_memory"])
+def test_watch_ends_a_wait_that_would_last_forever(backend: str) -> None:
     class PeerIsGoneError(Exception):
         pass
 
@@ -114,7 +115,7 @@ def test_watch_ends_a_wait_that_would_last_forever() -> None:
         if is_gone.is_set():
             raise PeerIsGoneError
 
-    pair = open_pair("gloo", ("cpu", "cpu"), watch)
+    pair = open_pair(backend, ("cpu", "cpu"), watch)
     pending = pair[1].receive(0, Parcel(Stream.STATE, 0), tensor_spec(torch.zeros(4)))
     threading.Timer(0.2, is_gone.set).start()
     start = time.monotonic()
@@ -134,12 +135,13 @@ def test_a_tensor_of_another_shape_is_refused(pair: list[Transport]) -> None:
 
 
 def test_backend_is_nccl_only_where_each_rank_has_a_gpu_of_its_own() -> None:
-    assert choose_backend([("", "cpu"), ("", "cpu")]) == "gloo"
-    assert choose_backend([("", "cuda:0"), ("", "cuda:0")]) == "gloo"
-    assert choose_backend([("", "cuda"), ("", "cuda:0")]) == "gloo"
+    assert choose_backend([("here", "cpu"), ("there", "cpu")], local=False) == "gloo"
+    assert choose_backend([("", "cpu"), ("", "cuda:0")], local=True) == "gloo"
+    assert choose_backend([("", "cuda:0"), ("", "cuda:0")], local=True) == "gloo"
+    assert choose_backend([("", "cuda"), ("", "cuda:0")], local=True) == "gloo"
     two_gpus = "nccl" if dist.is_nccl_available() else "gloo"
-    assert choose_backend([("", "cuda:0"), ("", "cuda:1")]) == two_gpus
-    assert choose_backend([("here", "cuda:0"), ("there", "cuda:0")]) == two_gpus
+    assert choose_backend([("", "cuda:0"), ("", "cuda:1")], local=True) == two_gpus
+    assert choose_backend([("here", "cuda:0"), ("there", "cuda:0")], local=False) == two_gpus
 
 
 def test_private_api_of_torch_is_as_in_2_13() -> None:

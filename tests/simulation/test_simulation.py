@@ -98,6 +98,26 @@ def test_driver_work_comes_between_steps() -> None:
     assert timeline.seconds(0, DRIVER) == 1.25
 
 
+def test_devices_that_slow_each_other_down_do_so_after_warm_up() -> None:
+    """N=2, stages of 2 and 3 s, three quarters of the speed left: 5 s a step in order, then 3 / 0.75."""
+    schedule = schedule_of("chain", 2, 1, 2, 6)
+    machine = Machine((1.0, 1.0), busy_speed=0.75)
+    timeline = simulate(schedule, machine, segment_seconds=(2.0, 3.0), transfer_bytes={})
+    assert timeline.step_seconds == pytest.approx((5.0,) * 2 + (4.0,) * 4)
+
+
+def test_a_stage_that_reads_no_latents_works_while_the_driver_does() -> None:
+    """N=2, stages of 2 and 3 s, 1 s of driver work: it is the first stage's, and hidden behind the second."""
+    schedule = schedule_of("chain", 2, 1, 1, 10)
+    machine = free_machine(schedule)
+    run = {"segment_seconds": (2.0, 3.0), "transfer_bytes": {}, "driver_seconds": 1.0}
+    ahead = simulate(schedule, machine, **run, latents_stages=(0,))
+    assert ahead.step_seconds[2:-1] == pytest.approx((3.0,) * 7)
+    assert simulate(schedule, machine, **run).step_seconds[2:-1] == pytest.approx((4.0,) * 7)
+    slower = simulate(schedule, machine, **run | {"driver_seconds": 2.0}, latents_stages=(0,))
+    assert slower.step_seconds[3:-1] == pytest.approx((4.0,) * 6)  # now the driver's device is the slower one
+
+
 def test_nested_inner_stage_works_while_the_outer_one_does() -> None:
     """E 1 s, A 2 s, Z 1 s: 4 s in order. A then starts when E of the step is there and ends 1 s after Z: the
     next E hides it, so every step takes 2 s. The last A has no reader."""
@@ -131,11 +151,17 @@ def runs(draw: st.DrawFn) -> dict:
     segments = range(schedule.num_segments)
     return {
         "schedule": schedule,
-        "machine": Machine(speeds, draw(st.sampled_from([0.0, 0.5])), draw(st.sampled_from([math.inf, 2.0]))),
+        "machine": Machine(
+            speeds,
+            draw(st.sampled_from([0.0, 0.5])),
+            draw(st.sampled_from([math.inf, 2.0])),
+            draw(st.sampled_from([1.0, 0.5])),
+        ),
         "segment_seconds": [draw(amounts) for _ in segments],
         "transfer_bytes": {(i, j): draw(amounts) for i in segments for j in segments if i < j},
         "prediction_bytes": draw(amounts),
         "driver_seconds": draw(amounts),
+        "latents_stages": draw(st.none() | st.sets(st.integers(0, schedule.num_stages - 1))),
     }  # fmt: skip
 
 
@@ -169,6 +195,7 @@ def event_driven(
     transfer_bytes: dict,
     prediction_bytes: float,
     driver_seconds: float,
+    latents_stages: set[int] | None,
 ) -> list[float]:
     """Step times from a clock that advances from event to event: messages and ends of work in a heap.
 
@@ -176,14 +203,23 @@ def event_driven(
     it is looked at again whenever anything has happened.
     """
     ranks = range(schedule.num_workers)
+    # How many rounds beyond the one that is dispatched a rank is told of.
+    ahead = [
+        int(latents_stages is not None and schedule.stage_of_rank(rank) not in latents_stages)
+        for rank in ranks
+    ]
     todo = [[(i, op) for i, r in enumerate(schedule.rounds) for op in r.ops[rank]] for rank in ranks]
     position, busy_until = [0 for _ in ranks], [0.0 for _ in ranks]
-    has = {(0, ("round", 0))} | {(rank, ("round", 0)) for rank in ranks if machine.latency_s == 0}
     events: list[tuple[float, int, str]] = []
-    if machine.latency_s:
-        events = [(machine.latency_s, rank, repr(("round", 0))) for rank in ranks if rank]
-    heapq.heapify(events)
-    arrived = {(rank, repr(what)) for rank, what in has}
+    arrived: set[tuple[int, str]] = set()
+
+    def dispatch(index: int, now: float) -> None:
+        for rank in ranks:
+            for told in range(index, index + 1 + ahead[rank]):
+                when = now + (machine.latency_s if rank else 0.0)
+                heapq.heappush(events, (when, rank, repr(("round", told))))
+
+    dispatch(0, 0.0)
     links: dict[tuple[int, int], float] = {}
     ends: list[float] = []
 
@@ -200,7 +236,8 @@ def event_driven(
             needs = [repr(term.value) for read in op.reads for term in read.terms] + [repr(("round", index))]
             if any((rank, need) not in arrived for need in needs):
                 return False
-            busy_until[rank] = now + segment_seconds[op.segment] / machine.device_speeds[rank]
+            shared = 1.0 if schedule.rounds[index].in_order else machine.busy_speed
+            busy_until[rank] = now + segment_seconds[op.segment] / machine.device_speeds[rank] / shared
             heapq.heappush(events, (busy_until[rank], rank, "done"))
         elif isinstance(op, Send):
             ranks_stage = schedule.stage_of_rank(op.to_rank)
@@ -217,11 +254,7 @@ def event_driven(
             ends.append(busy_until[0])
             heapq.heappush(events, (busy_until[0], 0, "done"))
             if op.step == schedule.rounds[index].steps[-1]:
-                heapq.heappush(events, (busy_until[0], 0, repr(("round", index + 1))))
-                for other in ranks[1:]:
-                    heapq.heappush(
-                        events, (busy_until[0] + machine.latency_s, other, repr(("round", index + 1)))
-                    )
+                dispatch(index + 1, busy_until[0])
         position[rank] += 1
         return True
 
@@ -247,6 +280,9 @@ def test_machines_that_do_not_fit_are_refused() -> None:
         simulate(schedule, Machine((1.0,) * 3), segment_seconds=(1.0,) * 3, transfer_bytes={})
     with pytest.raises(ConfigurationError, match="must be positive"):
         Machine((1.0, 0.0))
+    for busy_speed in (0.0, 1.5):
+        with pytest.raises(ConfigurationError, match="above 0 and at most 1"):
+            Machine((1.0,), busy_speed=busy_speed)
     with pytest.raises(ConfigurationError, match="positive bandwidth"):
         Machine((1.0,), bandwidth_bytes_per_s=0.0)
     with pytest.raises(

@@ -13,20 +13,21 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
-from asyncdiff.bench.architectures import DenoisingLoop, architecture_named, build_denoiser
+from asyncdiff.bench.architectures import architecture_named
+from asyncdiff.bench.configurations import Configuration
 from asyncdiff.bench.environment import describe_environment
 from asyncdiff.bench.progress import Progress, no_progress
-from asyncdiff.bench.whole_model import WholeModelProcess
+from asyncdiff.bench.steady import expected_bytes_per_step, median_ms_per_step, steady_rounds
+from asyncdiff.bench.timed_run import TimedRun
+from asyncdiff.bench.whole_model import WholeModelProcess, measure_together
+from asyncdiff.bench.workload import Subject, Workload, denoiser_bytes, load, run_timed
 from asyncdiff.config import Settings
 from asyncdiff.pipeline import Handle, Plan, parallelize, plan
 
 _WARMUP_STEPS = 1
-_UNTIMED_ROUNDS = 2
 _IDLE_S = 2.0
 
 
@@ -178,30 +179,32 @@ def run_step(
 
     On CPU devices every process has one core.
     """
-    architecture, torch_dtype = architecture_named(arch), getattr(torch, dtype)
+    architecture_named(arch)  # before any process is started
+    workload = Workload(arch, None, size, dtype)
     settings = Settings(num_stages, stride, _WARMUP_STEPS, time_shift, forecast)
     start_up = StartUp()
     with ExitStack() as stack:
         progress("Building the denoisers", 0, 0)
-        wholes = [stack.enter_context(WholeModelProcess(arch, size, dtype)) for _ in devices]
-        loop = DenoisingLoop(architecture, build_denoiser(architecture, torch_dtype), size, torch_dtype)
-        whole_bytes = sum(parameter.nbytes for parameter in loop.denoiser.parameters())
+        wholes = [stack.enter_context(WholeModelProcess(workload, device)) for device in devices]
+        subject = load(workload, devices[0])
+        whole_bytes = denoiser_bytes(subject)
         for whole in wholes:
             whole.wait_ready()
         progress("Timing the blocks", 0, 0)
-        chosen = _profiled_plan(loop, devices, settings)
+        chosen = _profiled_plan(subject, devices, settings)
         progress("Starting the workers", 0, 0)
         start = time.perf_counter()
-        handle = stack.enter_context(parallelize(loop, list(devices), plan=chosen))
+        handle = stack.enter_context(parallelize(subject.pipe, list(devices), plan=chosen))
         start_up.parallelize_s = time.perf_counter() - start
         progress("First run", 0, 0)
-        start_up.first_run_s = _seconds(loop, steps + _WARMUP_STEPS)
-        start_up.second_run_s = _seconds(loop, steps + _WARMUP_STEPS)
-        samples = _measure(loop, wholes, stride, steps, runs, progress)
+        start_up.first_run_s = run_timed(subject, steps + _WARMUP_STEPS).seconds
+        start_up.second_run_s = run_timed(subject, steps + _WARMUP_STEPS).seconds
+        samples, last_run = _measure(subject, wholes, stride, steps, runs, progress)
         report = handle.last_run
         progress("Watching idle workers", 0, 0)
         idle = _idle_cpu(handle)
-    steady = report.steps[_first_timed(stride) : -1]
+    first_step = Configuration(num_stages, stride).first_steady_step(_WARMUP_STEPS)
+    steady = steady_rounds(report, last_run, first_step, stride)
     predictions = chosen.predictions
     assert predictions is not None
     return StepResult(
@@ -224,15 +227,13 @@ def run_step(
         ms_spread=samples.spread_ms("asynchronous"),
         ratio_per_run=samples.speedup_per_run("asynchronous"),
         ceiling_per_run=samples.speedup_per_run("together", len(devices)),
-        bytes_per_step=round(sum(step.bytes_sent for step in steady) / len(steady)),
-        expected_bytes_per_step=round(
-            predictions.crossing_bytes_per_step + _prediction_bytes_per_step(loop, chosen)
-        ),
+        bytes_per_step=round(sum(each.bytes_sent for each in steady) / (stride * len(steady))),
+        expected_bytes_per_step=round(expected_bytes_per_step(chosen)),
         weight_share=tuple(held / whole_bytes for held in report.weight_bytes),
         weight_bytes=report.weight_bytes,
         resident_bytes=report.resident_bytes,
-        compute_ms=_per_device(steady, "compute_s"),
-        wait_ms=_per_device(steady, "wait_s"),
+        compute_ms=median_ms_per_step(steady, "compute_s", stride),
+        wait_ms=median_ms_per_step(steady, "wait_s", stride),
         balance=predictions.balance,
         parallelize_s=start_up.parallelize_s,
         first_run_s=start_up.first_run_s,
@@ -243,9 +244,9 @@ def run_step(
     )
 
 
-def _profiled_plan(loop: DenoisingLoop, devices: Sequence[str], settings: Settings) -> Plan:
-    return plan(
-        loop,
+def _profiled_plan(subject: Subject, devices: Sequence[str], settings: Settings) -> Plan:
+    chosen = plan(
+        subject.pipe,
         list(devices),
         num_stages=settings.num_stages,
         stride=settings.stride,
@@ -253,52 +254,34 @@ def _profiled_plan(loop: DenoisingLoop, devices: Sequence[str], settings: Settin
         time_shift=settings.time_shift,
         forecast=settings.forecast,
         profile=True,
-        example={"num_steps": 2},
+        example=subject.example,
     )
+    return replace(chosen, threads_per_device=1)  # as in order, also where there are more cores than devices
 
 
 def _measure(
-    loop: DenoisingLoop,
+    subject: Subject,
     wholes: Sequence[WholeModelProcess],
     stride: int,
     steps: int,
     runs: int,
     progress: Progress,
-) -> Samples:
-    """Every kind once per run, one after the other: a machine that drifts drifts under all of them."""
-    samples = Samples()
+) -> tuple[Samples, TimedRun]:
+    """Every kind once per run, one after the other: a machine that drifts drifts under all of them. With it
+    the last run on all devices."""
+    samples, rhythm = Samples(), Configuration(len(wholes) + 1 - stride, stride)
+    first_step = rhythm.first_steady_step(_WARMUP_STEPS)
     for whole in wholes:
         whole.measure(1)  # untimed
     for run in range(runs):
         progress("Measuring", run, runs)
-        samples.in_order.append(wholes[0].measure(steps))
-        samples.asynchronous.append(_asynchronous_steps(loop, steps, stride))
-        for whole in wholes:
-            whole.start(steps)
-        samples.together.append([second for whole in wholes for second in whole.result()])
-        samples.all_threads.append(wholes[0].measure(steps, threads=len(wholes)))
-    return samples
-
-
-def _first_timed(stride: int) -> int:
-    """The first step of the steady state: after the warm-up and what follows it."""
-    return _WARMUP_STEPS + _UNTIMED_ROUNDS * stride
-
-
-def _asynchronous_steps(loop: DenoisingLoop, steps: int, stride: int) -> list[float]:
-    """Seconds per step of whole rounds in the steady state. The last step, for which less is computed, is not
-    one of them."""
-    total = _first_timed(stride) + -(-steps // stride) * stride + 1
-    ends: list[float] = []
-    loop(total, lambda step: ends.append(time.perf_counter()))
-    rounds = ends[_first_timed(stride) - 1 : total - 1 : stride]
-    return [(after - before) / stride for before, after in itertools.pairwise(rounds)]
-
-
-def _seconds(loop: DenoisingLoop, steps: int) -> float:
-    start = time.perf_counter()
-    loop(steps)
-    return time.perf_counter() - start
+        samples.in_order.append(wholes[0].measure(steps).step_seconds())
+        last_run = run_timed(subject, rhythm.run_with_rounds(-(-steps // stride), _WARMUP_STEPS))
+        samples.asynchronous.append(last_run.round_seconds(first_step, stride))
+        together = measure_together(wholes, steps)
+        samples.together.append([second for each in together for second in each.step_seconds()])
+        samples.all_threads.append(wholes[0].measure(steps, threads=len(wholes)).step_seconds())
+    return samples, last_run
 
 
 def _idle_cpu(handle: Handle) -> tuple[float, ...]:
@@ -307,24 +290,6 @@ def _idle_cpu(handle: Handle) -> tuple[float, ...]:
     time.sleep(_IDLE_S)
     elapsed, after = time.perf_counter() - start, handle.last_run.cpu_s
     return tuple(100 * (late - early) / elapsed for early, late in zip(before[1:], after[1:], strict=True))
-
-
-def _prediction_bytes_per_step(loop: DenoisingLoop, chosen: Plan) -> float:
-    """A prediction crosses unless the driver itself makes it: copy 0 of a nested split, or of a single
-    stage.
-    """
-    driver_predicts = chosen.kind == "nested" or chosen.num_stages == 1
-    crossing = chosen.stride - 1 if driver_predicts else chosen.stride
-    return loop.prediction_bytes * crossing / chosen.stride
-
-
-def _per_device(steps: Sequence[Any], name: str) -> tuple[float, ...]:
-    return tuple(
-        1e3 * statistics.median(getattr(device, name) for device in devices)
-        for devices in zip(
-            *(step.devices for step in steps if any(d.compute_s for d in step.devices)), strict=True
-        )
-    )
 
 
 def _spread(spread: tuple[float, float]) -> str:

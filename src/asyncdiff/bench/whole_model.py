@@ -1,4 +1,4 @@
-"""A process of its own that holds a whole denoiser and times its steps: the reference and the machine's
+"""A process of its own that holds the whole denoiser and times its steps: the reference and the machine's
 ceiling.
 
 Started as `python -m asyncdiff.bench.whole_model`; speaks JSON lines over its standard streams.
@@ -6,21 +6,33 @@ Started as `python -m asyncdiff.bench.whole_model`; speaks JSON lines over its s
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asyncdiff.errors import AsyncDiffError
 
+if TYPE_CHECKING:
+    from asyncdiff.bench.timed_run import TimedRun
+    from asyncdiff.bench.workload import Workload
+
+
+@dataclass(frozen=True)
+class WholeModelMemory:
+    """Of the process that holds everything; `device_peak_bytes` is 0 without CUDA."""
+
+    resident_bytes: int
+    device_peak_bytes: int
+
 
 class WholeModelProcess:
-    """One process with the whole denoiser on its CPU core."""
+    """One process with the whole model on its device; a CPU device is as many cores as a run has threads."""
 
-    def __init__(self, arch: str, size: int, dtype: str) -> None:
+    def __init__(self, workload: Workload, device: str = "cpu") -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "asyncdiff.bench.whole_model"],
             stdin=subprocess.PIPE,
@@ -29,22 +41,29 @@ class WholeModelProcess:
             bufsize=1,
             start_new_session=True,
         )
-        self._say({"arch": arch, "size": size, "dtype": dtype})
+        self._say({"workload": asdict(workload), "device": device})
 
     def wait_ready(self) -> None:
         self._hear()
 
-    def start(self, steps: int, threads: int = 1) -> None:
-        """Begin timing `steps` steps; `result` waits for them."""
+    def start(self, steps: int, threads: int | None = 1) -> None:
+        """Begin a run of `steps` steps; `result` waits for it. `threads`: None leaves their number alone."""
         self._say({"steps": steps, "threads": threads})
 
-    def result(self) -> list[float]:
-        """Seconds of each step."""
-        return list(self._hear()["seconds"])
+    def result(self) -> TimedRun:
+        """The run that `start` began."""
+        from asyncdiff.bench.timed_run import TimedRun
 
-    def measure(self, steps: int, threads: int = 1) -> list[float]:
+        return TimedRun.from_json(self._hear()["run"])
+
+    def measure(self, steps: int, threads: int | None = 1) -> TimedRun:
         self.start(steps, threads)
         return self.result()
+
+    def memory(self) -> WholeModelMemory:
+        """What the process holds, and has held on its device, by now."""
+        self._say({"memory": True})
+        return WholeModelMemory(**self._hear())
 
     def close(self) -> None:
         if self._process.poll() is None:
@@ -61,36 +80,54 @@ class WholeModelProcess:
 
     def _say(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
 
     def _hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise AsyncDiffError(f"The reference process ended with exit code {self._process.wait(10)}.")
+            raise self._ended()
         return dict(json.loads(line))
+
+    def _ended(self) -> AsyncDiffError:
+        return AsyncDiffError(f"The reference process ended with exit code {self._process.wait(10)}.")
+
+
+def measure_together(
+    wholes: Sequence[WholeModelProcess], steps: int, threads: int | None = 1
+) -> list[TimedRun]:
+    """One run of each at the same time: what the machine can do at once, shared memory and heat included."""
+    for whole in wholes:
+        whole.start(steps, threads)
+    return [whole.result() for whole in wholes]
 
 
 def main() -> None:
     import torch
 
-    from asyncdiff.bench.architectures import DenoisingLoop, architecture_named, build_denoiser
+    from asyncdiff.bench.workload import Workload, load, run_timed
 
     request = json.loads(sys.stdin.readline())
-    architecture, dtype = architecture_named(request["arch"]), getattr(torch, request["dtype"])
-    loop = DenoisingLoop(architecture, build_denoiser(architecture, dtype), request["size"], dtype)
+    subject = load(Workload(**request["workload"]), request["device"])
     _answer({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
-        torch.set_num_threads(order["threads"])
-        _answer({"seconds": _time_steps(loop, order["steps"])})
+        if "memory" in order:
+            _answer(asdict(_memory()))
+            continue
+        if order["threads"] is not None:
+            torch.set_num_threads(order["threads"])
+        _answer({"run": run_timed(subject, order["steps"]).to_json()})
 
 
-def _time_steps(loop: Any, steps: int) -> list[float]:
-    ends: list[float] = [time.perf_counter()]
-    loop(steps, lambda step: ends.append(time.perf_counter()))
-    return [after - before for before, after in itertools.pairwise(ends)]
+def _memory() -> WholeModelMemory:
+    from asyncdiff.runtime.executor import device_peak_bytes_of_process, resident_bytes_of_process
+
+    return WholeModelMemory(resident_bytes_of_process(), device_peak_bytes_of_process())
 
 
 def _answer(message: dict[str, Any]) -> None:

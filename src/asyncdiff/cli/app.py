@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from asyncdiff import __version__
-from asyncdiff.cli import bench, demo, doctor, generate
+from asyncdiff.cli import bench, demo, doctor, generate, plan
 from asyncdiff.cli.arguments import DebugOption
 
 
@@ -17,6 +17,7 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     app.command("demo")(demo.demo)
     app.command("generate")(generate.generate)
+    app.command("plan")(plan.plan)
     app.add_typer(bench.build_app(), name="bench")
     app.command("doctor")(doctor.doctor)
     return app

@@ -1,27 +1,279 @@
-"""`asyncdiff bench`: measurements. `step`: milliseconds of one denoising step."""
+"""`asyncdiff bench`: whole runs in order and in several configurations. `step`: one denoising step."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
+from asyncdiff.bench.configurations import Configuration, parse_configurations
 from asyncdiff.cli import arguments
+from asyncdiff.errors import ConfigurationError
+
+_DEFAULT_ARCH = "sd21"
+_DEFAULT_SIZE = 256
+_DEFAULT_DEVICES = 2
 
 
 def build_app() -> typer.Typer:
-    """The commands below `asyncdiff bench`."""
+    """`asyncdiff bench` and the commands below it."""
     app = typer.Typer()
-    app.callback(invoke_without_command=True)(_group)
+    app.callback(invoke_without_command=True)(bench)
     app.command("step")(step)
     return app
 
 
-def _group(context: typer.Context) -> None:
-    """Measure on this machine."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+def bench(
+    context: typer.Context,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            metavar="NAME",
+            help="Denoiser, built with random weights and no download: sd15, sd21, sdxl, svd, animatediff, "
+            f"sd3, flux, wan-2.1 ... By default {_DEFAULT_ARCH}.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="ID|FOLDER",
+            help="Instead: a real pipeline with all its parts; 'demo' is the bundled one.",
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="With --model: what to generate.")] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            "--size",
+            metavar="PIXELS",
+            help=f"Height and width. By default {_DEFAULT_SIZE}, with --model the pipeline's own.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        arguments.Dtype,
+        typer.Option(
+            "--dtype", help="'auto' is bfloat16; with --model float16 on accelerators and float32 on CPUs."
+        ),
+    ] = "auto",
+    devices: arguments.DevicesOption = None,
+    configs: Annotated[
+        str,
+        typer.Option(
+            "--configs",
+            metavar="auto|LIST",
+            help="STAGESxSTRIDE, separated by commas: 2x1,3x1,2x2. One takes stages + stride - 1 of the "
+            "devices; 'auto' is all that fit and take more than one.",
+        ),
+    ] = "auto",
+    warmup_steps: arguments.WarmupStepsOption = 1,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of a run.")] = 20,
+    runs: Annotated[int, typer.Option("--runs", help="Timed runs of each kind, taking turns.")] = 3,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Also measure diffusers' context parallelism and caches. With --arch only."
+        ),
+    ] = False,
+    json_file: arguments.JsonOption = None,
+    csv_file: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Also write a row per configuration and kind of run."),
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with plots and tables.")
+    ] = None,
+    debug: arguments.DebugOption = False,
+) -> None:
+    """Measure in order against asynchronous configurations, beside what this machine can reach at all."""
+    if context.invoked_subcommand is not None:
+        _refuse_options_before_a_command(context)
+        return
+    request = _check(
+        arch, model, prompt, size, dtype, devices, configs, warmup_steps, steps, runs, compare,
+        Outputs(json_file, csv_file, html_file),
+    )  # fmt: skip
+    _run(request)
+
+
+def _refuse_options_before_a_command(context: typer.Context) -> None:
+    """They are those of `asyncdiff bench` itself: a command below it would not see them."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name != "debug":
+            command = context.invoked_subcommand
+            raise ConfigurationError(
+                f"{parameter.opts[0]} before {command} is not an option of it: write "
+                f"`asyncdiff bench {command} {parameter.opts[0]} ...`."
+            )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files to write, where asked for."""
+
+    json_file: Path | None
+    csv_file: Path | None
+    html_file: Path | None
+
+    def check(self) -> None:
+        """Before anything is measured."""
+        arguments.check_writable("--json", self.json_file, (".json",))
+        arguments.check_writable("--csv", self.csv_file, (".csv",))
+        arguments.check_writable("--html", self.html_file, (".html", ".htm"))
+        if self.html_file is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ConfigurationError("--html needs matplotlib: pip install 'asyncdiff[bench]'.")
+
+    def write(self, result: Any) -> list[Path]:
+        """The files written."""
+        from asyncdiff.bench.runs.tables import write_csv
+
+        if self.json_file is not None:
+            self.json_file.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        if self.csv_file is not None:
+            write_csv(result, self.csv_file)
+        if self.html_file is not None:
+            from asyncdiff.bench.runs.page import page
+
+            self.html_file.write_text(page(result), encoding="utf-8")
+        return [path for path in (self.json_file, self.csv_file, self.html_file) if path is not None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured, checked as far as possible without knowing the machine."""
+
+    arch: str | None
+    model: str | None
+    prompt: str
+    size: int | None
+    dtype: str
+    devices: int | tuple[str, ...] | None
+    configurations: tuple[Configuration, ...]
+    skip_refused: bool
+    warmup_steps: int
+    steps: int
+    runs: int
+    compare: bool
+    outputs: Outputs
+
+
+def _check(
+    arch: str | None,
+    model: str | None,
+    prompt: str | None,
+    size: int | None,
+    dtype: str,
+    devices: str | None,
+    configs: str,
+    warmup_steps: int,
+    steps: int,
+    runs: int,
+    compare: bool,
+    outputs: Outputs,
+) -> Request:
+    if model is not None:
+        _check_model_options(arch, model, compare)
+    elif prompt is not None:
+        raise ConfigurationError("--prompt is for --model: an --arch with random weights draws nothing.")
+    arguments.check_size("--size", size)
+    arguments.check_at_least("--warmup-steps", warmup_steps, 1)
+    arguments.check_at_least("--runs", runs, 1)
+    outputs.check()
+    asked = None if devices is None else arguments.parse_devices(devices)
+    count = asked if isinstance(asked, int) else len(asked) if asked else _DEFAULT_DEVICES
+    configurations = parse_configurations(configs, count)
+    longest = max(configurations, key=lambda each: each.shortest_run(warmup_steps))
+    if steps < longest.shortest_run(warmup_steps):
+        raise ConfigurationError(
+            f"--steps {steps}: too few to reach the steady state of {longest} after --warmup-steps "
+            f"{warmup_steps}. Use {longest.shortest_run(warmup_steps)} or more."
+        )
+    from asyncdiff.demo import DEMO_CAPTIONS
+
+    return Request(
+        arch=None if model is not None else arch or _DEFAULT_ARCH,
+        model=model,
+        prompt="" if model is None else prompt or DEMO_CAPTIONS[0],
+        size=size if model is not None else size or _DEFAULT_SIZE,
+        dtype="bfloat16" if model is None and dtype == "auto" else dtype,
+        devices=asked,
+        configurations=configurations,
+        skip_refused=configs.strip() == "auto",
+        warmup_steps=warmup_steps,
+        steps=steps,
+        runs=runs,
+        compare=compare,
+        outputs=outputs,
+    )
+
+
+def _check_model_options(arch: str | None, model: str, compare: bool) -> None:
+    if arch is not None:
+        raise ConfigurationError(f"--arch {arch} and --model {model}: give one of them.")
+    if compare:
+        raise ConfigurationError("--compare is for --arch: the other ways are measured in its loop.")
+    if model != "demo":
+        arguments.check_model(model)
+
+
+def _run(request: Request) -> None:
+    """Measure, write the files and print the tables."""
+    from asyncdiff.cli.console import progress, quiet_libraries
+    from asyncdiff.cli.devices import resolve_devices
+
+    devices = resolve_devices(request.devices)
+    quiet_libraries()
+    _announce(request, devices)
+    with progress("Starting") as report:
+        from asyncdiff.bench.runs.measure import run_bench
+        from asyncdiff.bench.workload import Workload
+
+        result = run_bench(
+            Workload(request.arch, request.model, request.size, request.dtype, request.prompt),
+            devices,
+            request.configurations,
+            warmup_steps=request.warmup_steps,
+            steps=request.steps,
+            runs=request.runs,
+            skip_refused=request.skip_refused,
+            compare=request.compare,
+            progress=report,
+        )
+    written = request.outputs.write(result)
+    _print(result, written)
+
+
+def _announce(request: Request, devices: list[str]) -> None:
+    size = "" if request.size is None else f", {request.size} px"
+    names = ", ".join(map(str, request.configurations))
+    typer.echo(
+        f"Measuring {request.arch or request.model}{size}, {request.dtype}, on {', '.join(devices)}: in "
+        f"order, {names} (stages x stride), and what this machine can do at all; {request.runs} runs of "
+        f"{request.steps} steps each, taking turns, after untimed ones. Best when nothing else runs.",
+        err=True,
+    )
+
+
+def _print(result: Any, written: list[Path]) -> None:
+    from asyncdiff.bench.command import show_table
+    from asyncdiff.bench.runs.tables import machine_rows, tables
+    from asyncdiff.cli.console import print_table
+
+    for table in tables(result):
+        if len(table.heads) == 2:  # a reason may take several lines
+            print_table(f"\n{table.title}", [(what, "", why) for what, why in table.rows])
+        else:
+            show_table(f"\n{table.title}", table.heads, table.rows)
+        if table.note:
+            typer.echo(table.note)
+    facts = [(name, "", value) for name, value in machine_rows(result)]
+    print_table("\nHow it was measured", [*facts, *(("written", "", str(path)) for path in written)])
 
 
 def step(

@@ -31,7 +31,7 @@ def doctor(
         typer.Option(
             "--model",
             metavar="ID|FOLDER",
-            help="Instead: whether this pipeline's denoiser can be divided, and where it would be cut.",
+            help="Instead: whether this pipeline's denoisers can be divided, and where they would be cut.",
         ),
     ] = None,
     stages: Annotated[
@@ -42,7 +42,7 @@ def doctor(
 ) -> None:
     """Show versions and devices, and try out what works on this machine (exit code 1 if nothing does).
 
-    With --model: exit code 0 if the denoiser can be divided, 1 if not. Its weights are loaded only where the
+    With --model: exit code 0 if every denoiser can be divided, 1 if not. Weights are loaded only where the
     configs do not settle it.
     """
     arguments.check_writable("--json", json_file, (".json",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import traceback
 from collections.abc import Sequence
 
@@ -42,12 +41,6 @@ def one_line(text: str) -> str:
     """`text` without line breaks, and cut where nobody reads on."""
     joined = " ".join(text.split())
     return joined if len(joined) <= _MAX_CHARACTERS else joined[: _MAX_CHARACTERS - 4] + " ..."
-
-
-def first_sentence(error: Exception) -> str:
-    """diffusers' and the hub's messages go on for a page, about stack traces that we do not show."""
-    sentence = re.split(r"(?<=\.)\s", " ".join(str(error).split()), maxsplit=1)[0]
-    return re.sub(r"^Cannot load model \S+: ", "", sentence)
 
 
 def _report(error: BaseException, message: str, code: int) -> int:

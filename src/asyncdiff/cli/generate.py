@@ -5,18 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncdiff.bench.loading import load_pipeline
 from asyncdiff.bench.progress import Progress
 from asyncdiff.cli import arguments
 from asyncdiff.cli.arguments import Dtype, Split
-from asyncdiff.cli.failures import first_sentence
 from asyncdiff.errors import AsyncDiffError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -208,29 +206,6 @@ class Outcome:
         return min(clock.seconds for clock in self.clocks)
 
 
-def load_pipeline(model: str | None, dtype: Dtype, device: str) -> Any:
-    """The pipeline of a hub id or folder (None: the demo model) on `device`, or `AsyncDiffError`."""
-    import torch
-
-    kind = device.partition(":")[0]
-    torch_dtype = (
-        (torch.float32 if kind == "cpu" else torch.float16) if dtype == "auto" else getattr(torch, dtype)
-    )
-    try:
-        if model is None:
-            from asyncdiff.demo import load_demo_pipeline
-
-            pipe = load_demo_pipeline(torch_dtype=torch_dtype)
-        else:
-            from diffusers import DiffusionPipeline
-
-            pipe = DiffusionPipeline.from_pretrained(str(Path(model).expanduser()), dtype=torch_dtype)
-    except (OSError, ValueError) as error:
-        raise AsyncDiffError(f"Cannot load --model {model or '(demo)'}: {first_sentence(error)}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe if kind == "cpu" else pipe.to(device)
-
-
 def _run_parallel(
     pipe: Any,
     call: dict[str, Any],
@@ -264,7 +239,9 @@ def _run_in_order(
     pipe: Any, call: dict[str, Any], request: Request, parallel: Outcome, device: str, report: Progress
 ) -> Outcome:
     """The untouched pipeline on one device, with as many threads as each device had."""
-    with _threads(parallel.threads):
+    from asyncdiff.bench.threads import intra_op_threads
+
+    with intra_op_threads(parallel.threads):
         images, clocks = _generate_all(pipe, call, request, f"In order on {device}", 1, report)
     return Outcome(images, clocks, parallel.threads)
 
@@ -294,18 +271,6 @@ def _generate_all(
         images.append(output.images[0])
         clocks.append(clock)
     return images, clocks
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _write_images(request: Request, images: list[Image.Image]) -> list[Path]:

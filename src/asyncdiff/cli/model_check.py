@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from asyncdiff.bench.loading import load_pipeline
 from asyncdiff.bench.progress import Progress
 from asyncdiff.cli.failures import one_line
-from asyncdiff.cli.generate import load_pipeline
 from asyncdiff.errors import AsyncDiffError, ConfigurationError, UnsupportedDenoiserError
+from asyncdiff.pipeline.all_denoisers import examine_denoisers
 from asyncdiff.pipeline.denoiser import denoisers_of
-from asyncdiff.pipeline.examination import Examination, examine_pipeline
+from asyncdiff.pipeline.examination import Examination
 from asyncdiff.pipeline.weightless import load_without_weights
+from asyncdiff.planner import Plan
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,16 @@ class StageShare:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`why_not` names the module in the way, where there is one; the figures are then missing.
-
-    `from_configs`: no weights were loaded. `dtype`: of the weights and of what crosses.
+class DenoiserVerdict:
+    """`name`: what the pipeline calls it. `why_not` names the module in the way, where there is one; the
+    figures are then missing. `dtype`: of the weights and of what crosses.
     """
 
+    name: str
+    class_name: str
     can_be_divided: bool
     why_not: str
-    pipeline: str
-    denoisers: dict[str, str]
     dtype: str
-    from_configs: bool
-    num_stages: int
     kind: str = ""
     stages: tuple[StageShare, ...] = ()
     balance: float = 0.0
@@ -51,21 +51,41 @@ class Verdict:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """For people."""
-        names = ", ".join(f"{name} ({kind})" for name, kind in self.denoisers.items())
-        seen = "from its configs" if self.from_configs else "with its weights"
         rows = [
-            ("pipeline", self.pipeline, seen),
-            ("denoiser", names or "none", self.dtype),
+            ("denoiser", f"{self.name} ({self.class_name})", self.dtype),
             ("can be divided", "yes" if self.can_be_divided else "no", self.why_not),
         ]
         if not self.can_be_divided:
             return rows
         blocks = sum(stage.num_blocks for stage in self.stages)
-        rows.append(("blocks", str(blocks), f"in {self.num_stages} stages, {self.kind}"))
+        rows.append(("blocks", str(blocks), f"in {len(self.stages)} stages, {self.kind}"))
         rows += [(f"device {i}", *_stage_row(stage)) for i, stage in enumerate(self.stages)]
         rows.append(("largest stage", f"{self.balance:.3f}", "x an even share of the estimated time"))
         crossing = f"{self.crossing_bytes_per_step / 1e6:.2f} MB"
-        return [*rows, ("traffic", crossing, "between the devices, per step")]
+        return [*rows, ("traffic", crossing, "between the devices, per call")]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of a pipeline: `denoisers`, of which all must be divided. `why_not`: where it has none.
+
+    `from_configs`: no weights were loaded.
+    """
+
+    can_be_divided: bool
+    why_not: str
+    pipeline: str
+    from_configs: bool
+    num_stages: int
+    denoisers: tuple[DenoiserVerdict, ...]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """For people."""
+        seen = "from its configs" if self.from_configs else "with its weights"
+        rows = [("pipeline", self.pipeline, seen)]
+        if not self.denoisers:
+            rows += [("denoiser", "none", ""), ("can be divided", "no", self.why_not)]
+        return [*rows, *(row for denoiser in self.denoisers for row in denoiser.rows())]
 
 
 def check_model(model: str, num_stages: int, report: Progress) -> Verdict:
@@ -79,10 +99,13 @@ def check_model(model: str, num_stages: int, report: Progress) -> Verdict:
     report("Making a call without weights", 0, 0)
     try:
         pipe = load_without_weights(str(Path(model).expanduser()), dtype)
-        examination = examine_pipeline(pipe, weights_at_hand=False)
+        examinations = examine_denoisers(pipe, weights_at_hand=False)
     except Exception as error:  # noqa: BLE001  configs may not be enough for many reasons; the weights decide
         return _check_loaded(model, num_stages, devices, dtype, error, report)
-    return _verdict(pipe, examination, num_stages, devices, from_configs=True)
+    errors = [found for found in examinations.values() if isinstance(found, Exception)]
+    if errors:
+        return _check_loaded(model, num_stages, devices, dtype, errors[0], report)
+    return _verdict(pipe, examinations, num_stages, devices, dtype, from_configs=True)
 
 
 def _check_loaded(
@@ -100,26 +123,76 @@ def _check_loaded(
         raise
     report("Making a call", 0, 0)
     try:
-        examination = examine_pipeline(pipe, weights_at_hand=True)
+        examinations = examine_denoisers(pipe, weights_at_hand=True)
     except ConfigurationError as error:
-        return _refusal(pipe, str(error), dtype, num_stages, from_configs=False)
-    except Exception as error:  # noqa: BLE001  whatever a pipeline raises that the example does not suit
-        reason = f"an example call of the pipeline failed: {type(error).__name__}: {one_line(str(error))}"
-        return _refusal(pipe, reason, dtype, num_stages, from_configs=False)
-    return _verdict(pipe, examination, num_stages, devices, from_configs=False)
+        return Verdict(False, str(error), type(pipe).__name__, False, num_stages, ())
+    return _verdict(pipe, examinations, num_stages, devices, dtype, from_configs=False)
 
 
 def _verdict(
-    pipe: Any, examination: Examination, num_stages: int, devices: list[str], *, from_configs: bool
+    pipe: Any,
+    examinations: Mapping[str, Examination | Exception],
+    num_stages: int,
+    devices: list[str],
+    dtype: torch.dtype,
+    *,
+    from_configs: bool,
 ) -> Verdict:
+    classes = {name: type(denoiser).__name__ for name, denoiser in denoisers_of(pipe).items()}
+    denoisers = tuple(
+        _denoiser_verdict(name, classes[name], found, num_stages, devices, dtype)
+        for name, found in examinations.items()
+    )
+    return Verdict(
+        can_be_divided=all(denoiser.can_be_divided for denoiser in denoisers),
+        why_not="",
+        pipeline=type(pipe).__name__,
+        from_configs=from_configs,
+        num_stages=num_stages,
+        denoisers=denoisers,
+    )
+
+
+def _denoiser_verdict(
+    name: str,
+    class_name: str,
+    found: Examination | Exception,
+    num_stages: int,
+    devices: list[str],
+    dtype: torch.dtype,
+) -> DenoiserVerdict:
+    def refusal(reason: str, dtype: torch.dtype) -> DenoiserVerdict:
+        return DenoiserVerdict(name, class_name, False, reason, _name_of(dtype))
+
+    if isinstance(found, ConfigurationError):
+        return refusal(str(found), dtype)
+    if isinstance(found, Exception):
+        what = f"{type(found).__name__}: {one_line(str(found))}"
+        return refusal(f"an example call of the pipeline failed: {what}", dtype)
     try:
-        plan = examination.plan(num_stages, devices)
+        plan = found.plan(num_stages, devices)
     except UnsupportedDenoiserError as error:
-        return _refusal(pipe, str(error), examination.dtype, num_stages, from_configs=from_configs)
+        return refusal(str(error), found.dtype)
+    predictions = plan.predictions
+    assert predictions is not None
+    return DenoiserVerdict(
+        name=name,
+        class_name=class_name,
+        can_be_divided=True,
+        why_not="",
+        dtype=_name_of(found.dtype),
+        kind=plan.kind,
+        stages=_shares(found, plan),
+        balance=predictions.balance,
+        crossing_bytes_per_step=predictions.crossing_bytes_per_step,
+    )
+
+
+def _shares(examination: Examination, plan: Plan) -> tuple[StageShare, ...]:
     predictions = plan.predictions
     assert predictions is not None
     segments = plan.partition(graph := examination.graph(plan)).segments(graph)
-    stages = tuple(
+    return tuple(
         StageShare(
             blocks=tuple(
                 (str(segment.blocks[0]), str(segment.blocks[-1]))
@@ -133,38 +206,10 @@ def _verdict(
         )
         for stage in range(plan.num_stages)
     )
-    return Verdict(
-        can_be_divided=True,
-        why_not="",
-        pipeline=type(pipe).__name__,
-        denoisers=_denoisers(pipe),
-        dtype=str(examination.dtype).removeprefix("torch."),
-        from_configs=from_configs,
-        num_stages=num_stages,
-        kind=plan.kind,
-        stages=stages,
-        balance=predictions.balance,
-        crossing_bytes_per_step=predictions.crossing_bytes_per_step,
-    )
 
 
-def _refusal(pipe: Any, reason: str, dtype: torch.dtype, num_stages: int, *, from_configs: bool) -> Verdict:
-    return Verdict(
-        can_be_divided=False,
-        why_not=reason,
-        pipeline=type(pipe).__name__,
-        denoisers=_denoisers(pipe),
-        dtype=str(dtype).removeprefix("torch."),
-        from_configs=from_configs,
-        num_stages=num_stages,
-    )
-
-
-def _denoisers(pipe: Any) -> dict[str, str]:
-    try:
-        return {name: type(denoiser).__name__ for name, denoiser in denoisers_of(pipe).items()}
-    except ConfigurationError:
-        return {}
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _stage_row(stage: StageShare) -> tuple[str, str]:

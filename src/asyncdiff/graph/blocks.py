@@ -89,7 +89,9 @@ class BlockGraph:
 
     `output_reads` and `output_inputs`: the block leaves and denoiser input leaves that the returned tensors
     use (through glue after the last block). `outputs`: the returned tensor leaves. `glue_flops`,
-    `glue_parameter_bytes`: work and weights outside all blocks, replicated on every stage.
+    `glue_parameter_bytes`: work and weights outside all blocks, replicated on every stage. `glue_seconds`:
+    measured duration of that work, None until profiled. `latents`: the input leaves that are other ones at
+    every step; empty where that is not known.
     """
 
     blocks: tuple[Block, ...]
@@ -98,6 +100,8 @@ class BlockGraph:
     outputs: tuple[TensorSpec, ...]
     glue_flops: float = 0.0
     glue_parameter_bytes: int = 0
+    glue_seconds: float | None = None
+    latents: tuple[str, ...] = ()
 
     @cached_property
     def index(self) -> dict[BlockKey, int]:

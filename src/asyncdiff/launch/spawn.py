@@ -22,6 +22,7 @@ from pathlib import Path
 import asyncdiff
 from asyncdiff.errors import WorkerError
 from asyncdiff.runtime.control import WorkerConnection, receive_message
+from asyncdiff.runtime.remote import WorkerUsers
 
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 5.0
@@ -37,6 +38,7 @@ class SpawnedWorkers:
         default).
         """
         self.connections: dict[int, WorkerConnection] = {}
+        self.users = WorkerUsers()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self.driver_pid = os.getpid()
         authkey = secrets.token_bytes(32)

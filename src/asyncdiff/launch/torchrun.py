@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from asyncdiff.errors import WorkerError
 from asyncdiff.runtime.control import WorkerConnection, receive_message
+from asyncdiff.runtime.remote import WorkerUsers
 from asyncdiff.runtime.serving import WorkerServer
 
 _START_TIMEOUT = timedelta(seconds=300)
@@ -33,6 +34,7 @@ class TorchrunWorkers:
 
     def __init__(self, connections: dict[int, WorkerConnection], host: str) -> None:
         self.connections = connections
+        self.users = WorkerUsers()
         self.host = host
         here = socket.gethostname()
         self.is_local = all(connection.host == here for connection in connections.values())

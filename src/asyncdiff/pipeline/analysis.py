@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,37 +81,62 @@ def first_plan(
     dtype: torch.dtype,
     threads_per_device: int | None,
     seconds: Mapping[BlockKey, float] | None = None,
+    driver_seconds: float | None = None,
+    speeds: Sequence[float] | None = None,
+    max_weight_bytes: float = math.inf,
 ) -> Plan:
     """The plan for a recorded call: cut by measured `seconds`, else by an estimate from FLOPs and bytes.
 
     `partition`: a kind, the module names of each stage, or None to choose (`asyncdiff.planner.choice`).
+    `driver_seconds`, `speeds`: as `make_plan` takes them. `max_weight_bytes`: what one device can hold;
+    counts where the partition is chosen.
     """
     dtype_name = str(dtype).removeprefix("torch.")
-    rates = rates_of(torch.device(devices[0]).type, dtype_name)
-
-    def cost(flops: float, moved: float) -> float:
-        return flops / rates.flops_per_s + moved / rates.bytes_per_s
+    cost = rates_of(torch.device(devices[0]).type, dtype_name).seconds
 
     def make(graph: BlockGraph, **how: Any) -> Plan:
         return make_plan(
-            graph, settings, devices, dtype=dtype_name, threads_per_device=threads_per_device, **how
+            graph,
+            settings,
+            devices,
+            dtype=dtype_name,
+            threads_per_device=threads_per_device,
+            driver_seconds=driver_seconds,
+            speeds=speeds,
+            **how,
         )
+
+    def make_within(graph: BlockGraph, kind: str, share: float | None) -> Plan:
+        return make(graph, kind=kind, max_weight_share=_weight_share(graph, share, max_weight_bytes))
 
     @functools.cache
     def opened_for(kind: str) -> BlockGraph:
         return find_blocks(recording, settings.num_stages, seconds=seconds, cost=cost, kind=kind)
 
-    if isinstance(partition, str):
-        return make(opened_for(partition), kind=partition)
-    if partition is not None:
+    if partition is not None and not isinstance(partition, str):
         graph = find_blocks(recording, block_paths=_paths(partition), seconds=seconds)
         return make(graph, partition=partition_by_names(graph, partition))
+    is_equal = len(set(speeds or ())) < 2
+    if isinstance(partition, str) and is_equal:
+        return make_within(opened_for(partition), partition, None)
     fine = _fine_blocks(recording, settings, weights, seconds, cost)
+    if isinstance(partition, str):
+        return make_within(fine, partition, None)  # `opened_for` cuts into equal stages
     makers = [
-        lambda kind, share: make(opened_for(kind), kind=kind, max_weight_share=share),
-        lambda kind, share: make(fine, kind=kind, max_weight_share=share),
+        lambda kind, share: make_within(opened_for(kind), kind, share),
+        lambda kind, share: make_within(fine, kind, share),
     ]
     return choose_plan(makers, settings.num_stages)
+
+
+def _weight_share(graph: BlockGraph, share: float | None, max_weight_bytes: float) -> float | None:
+    """The largest share of the blocks' weights that a device may hold, whose memory has room for the glue's
+    too."""
+    if math.isinf(max_weight_bytes):
+        return share
+    total = sum(block.parameter_bytes for block in graph.blocks)
+    held = max(0.0, max_weight_bytes - graph.glue_parameter_bytes) / max(total, 1)
+    return held if share is None else min(held, share)
 
 
 def _fine_blocks(

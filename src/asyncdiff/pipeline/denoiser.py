@@ -77,6 +77,18 @@ def refuse_compiled(denoiser: nn.Module) -> None:
         )
 
 
+def refuse_int8(denoiser: nn.Module) -> None:
+    """`ConfigurationError` for bitsandbytes' int8 layers: the first call of one takes its weight apart."""
+    for name, module in denoiser.named_modules():
+        kind = type(module)
+        if kind.__name__ == "Linear8bitLt" and kind.__module__.startswith("bitsandbytes"):
+            raise ConfigurationError(
+                f"{name} has bitsandbytes' int8 weights, which its first call rewrites, so they cannot be "
+                "divided over devices. Load the denoiser in 4 bits (BitsAndBytesConfig(load_in_4bit=True)), "
+                "with torchao's int8 or from a GGUF file."
+            )
+
+
 def refuse_offloading(pipe: Any, denoiser: nn.Module) -> None:
     """`ConfigurationError` where something else already moves the denoiser's weights or wraps its forward."""
     if getattr(pipe, "hf_device_map", None) is not None:
@@ -98,7 +110,7 @@ def _has_offloading_hook(module: nn.Module) -> bool:
 
 
 class CapturedCall(BaseException):
-    """Ends a pipeline call at its first denoiser call. No `Exception`: a pipeline must not catch it."""
+    """Ends a pipeline call at a denoiser call. No `Exception`: a pipeline must not catch it."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -113,16 +125,30 @@ def capture_call(
     def stop(*args: Any, **kwargs: Any) -> None:
         raise CapturedCall(args, kwargs)
 
+    captured = call_until_captured(pipe, denoisers, call, stop)
+    if captured is None:
+        raise ConfigurationError("The example call returned without calling the denoiser.")
+    return captured
+
+
+def call_until_captured(
+    pipe: Any, denoisers: Iterable[nn.Module], call: Mapping[str, Any], forward: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Make `pipe(**call)` with `forward` in the place of every denoiser's, until that raises `CapturedCall`.
+
+    The arguments that it was raised with; None if the pipeline returned before. Random numbers and the
+    progress bar are left as they were.
+    """
     with ExitStack() as stack:
         for denoiser in denoisers:
-            stack.enter_context(replaced_forward(denoiser, stop))
+            stack.enter_context(replaced_forward(denoiser, forward))
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(_no_progress_bar(pipe))
         try:
             pipe(**call)
         except CapturedCall as captured:
             return captured.call
-    raise ConfigurationError("The example call returned without calling the denoiser.")
+    return None
 
 
 @contextmanager

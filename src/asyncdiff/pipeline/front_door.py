@@ -12,6 +12,7 @@ from torch import nn
 
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError, ParallelizedError
+from asyncdiff.launch.default_group import torchrun_rank
 from asyncdiff.launch.spawn import SpawnedWorkers
 from asyncdiff.launch.torchrun import join_torchrun
 from asyncdiff.pipeline.analysis import first_plan, record_call
@@ -20,6 +21,7 @@ from asyncdiff.pipeline.denoiser import (
     denoisers_of,
     device_of,
     refuse_compiled,
+    refuse_int8,
     refuse_offloading,
     replaced_forward,
 )
@@ -30,12 +32,13 @@ from asyncdiff.pipeline.guards import refuse_other_ways
 from asyncdiff.pipeline.handle import Handle, WorkerInfo
 from asyncdiff.pipeline.installation import DenoiserEntry, Installation
 from asyncdiff.pipeline.partition_request import PartitionRequest, check_partition
-from asyncdiff.planner import Plan
-from asyncdiff.profile import time_calls
+from asyncdiff.pipeline.profiling import profile_pipeline
+from asyncdiff.planner import Plan, check_speeds
+from asyncdiff.profile import relative_speeds
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.runtime.remote import RemoteExecutor, Workers
-from asyncdiff.trace import call_costs, flatten_inputs
-from asyncdiff.weights import Unloaded, dump_skeleton, read_unloaded
+from asyncdiff.trace import flatten_inputs
+from asyncdiff.weights import Unloaded, dump_skeleton, free_tensors, named_tensors, read_unloaded
 
 
 def parallelize(
@@ -50,6 +53,7 @@ def parallelize(
     partition: PartitionRequest = None,
     plan: Plan | Mapping[str, Plan] | None = None,
     runtime: str = "auto",
+    compile: bool = False,
 ) -> Handle:
     """Divide the pipeline's denoiser, or each of several, over devices; `pipe(...)` is called as before.
 
@@ -60,12 +64,13 @@ def parallelize(
     sections 3.2-3.3; `forecast`: "linear" (docs/method.md, section 5) or "none", as in the paper.
     `partition`: "chain", "nested", module names per stage, or None to choose the kind by speed, weights per
     device and traffic. `plan`: a saved or edited plan, which then settles all of this but the runtime; for
-    several denoisers of different architectures one for each by name, as `handle.plans`. Raises
+    several denoisers of different architectures one for each by name, as `handle.plans`. `compile`: every
+    device compiles its own blocks (`torch.compile`), unless they are compiled already. Raises
     `ConfigurationError` before anything is started.
     """
     denoisers = denoisers_of(pipe)
     _refuse_what_cannot_be_divided(pipe, denoisers)
-    wish = Wish(num_stages, stride, warmup_steps, time_shift, forecast, partition, plan, runtime)
+    wish = Wish(num_stages, stride, warmup_steps, time_shift, forecast, partition, plan, runtime, compile)
     return divide(pipe, denoisers, device_of(denoisers.values()), devices, wish)
 
 
@@ -81,6 +86,7 @@ class Wish:
     partition: PartitionRequest = None
     plan: Plan | Mapping[str, Plan] | None = None
     runtime: str = "auto"
+    compile: bool = False
 
 
 def divide(
@@ -114,8 +120,9 @@ def divide(
     for name, denoiser in denoisers.items():
         check_partition(partitions[name], settings, denoiser)
     threads = given.threads_per_device if plans else placement.threads_per_device
-    started = _start(placement, threads, denoisers, unloaded or {})
-    lock = threading.RLock()
+    if placement.runtime == "torchrun" and torchrun_rank() > 0:
+        _let_go_of_weights(pipe)
+    started = _start(placement, threads, denoisers, unloaded or {}, wish.compile)
     installations = [
         Installation(
             pipe,
@@ -124,7 +131,7 @@ def divide(
             executor,
             settings,
             started.devices,
-            lock,
+            started.lock,
             partition=wish.partition,
             plan=plans.get(name),
             threads=threads,
@@ -132,7 +139,7 @@ def divide(
         )
         for (name, denoiser), executor in zip(denoisers.items(), started.executors, strict=True)
     ]
-    division = Division(pipe, installations, started.devices, lock, started.close_workers)
+    division = Division(pipe, installations, started.devices, started.lock, started.close_workers)
     division.install()
     handle = Handle(division, started.workers)
     for denoiser in denoisers.values():
@@ -163,6 +170,7 @@ def plan(
     forecast: str = "linear",
     partition: PartitionRequest = None,
     profile: bool = False,
+    speeds: Sequence[float] | None = None,
     example: Mapping[str, Any] | None = None,
 ) -> Plan:
     """How `parallelize` with the same arguments would divide the denoiser (each of several, if they have the
@@ -170,7 +178,10 @@ def plan(
 
     `example`: keyword arguments of a pipeline call, which is made up to its first denoiser call to see the
     inputs (default: an empty prompt). `profile`: time every block on the denoiser's device with those inputs,
-    instead of estimating from FLOPs and bytes; slower, better balanced, and not the same cut every time.
+    and the pipeline's own work between denoiser calls, instead of estimating from FLOPs and bytes; slower,
+    better balanced, and not the same cut every time. `speeds`: of each device, `num_stages + stride - 1` of
+    them, 1.0 for one like the denoiser's; by default all are equal, or with `profile` as fast as devices of
+    another kind turn out to be, each of which holds the whole denoiser while it is timed.
     """
     denoisers = denoisers_of(pipe)
     _refuse_what_cannot_be_divided(pipe, denoisers)
@@ -180,17 +191,19 @@ def plan(
     placement = settle_placement(devices, num_stages, stride, "auto", device)
     settings = Settings(placement.num_stages, stride, warmup_steps, time_shift, forecast)
     check_partition(partition, settings, denoiser)
+    check_speeds(settings.num_stages, stride, speeds)
     call = dict(example) if example is not None else {"prompt": ""}
     args, kwargs = capture_call(pipe, denoisers.values(), call)
     inputs = flatten_inputs(type(denoiser).forward, args, kwargs)
     skeleton = dump_skeleton(denoiser, allow_main=True)
     recording = record_call(denoiser, skeleton, inputs, device, weights_at_hand=True)
-    seconds = None
+    measured = None
     if profile:
-        with replaced_forward(denoiser, None):
-            seconds = time_calls(
-                denoiser, inputs, call_costs(recording), device, threads=placement.threads_per_device
-            )
+        threads = placement.threads_per_device
+        measured = profile_pipeline(pipe, denoisers.values(), call, inputs, recording, device, threads)
+        if speeds is None and len(placement.devices) > 1:
+            with replaced_forward(denoiser, None):
+                speeds = relative_speeds(denoiser, skeleton, inputs, placement.devices, threads)
     return first_plan(
         recording,
         settings,
@@ -199,7 +212,9 @@ def plan(
         weights=skeleton,
         dtype=next(denoiser.parameters()).dtype,
         threads_per_device=placement.threads_per_device,
-        seconds=seconds,
+        seconds=measured.block_seconds if measured else None,
+        driver_seconds=measured.driver_seconds if measured else None,
+        speeds=speeds,
     )
 
 
@@ -211,6 +226,7 @@ def _refuse_what_cannot_be_divided(pipe: Any, denoisers: Mapping[str, nn.Module]
                 "Call handle.remove() first to divide it in another way."
             )
         refuse_compiled(denoiser)
+        refuse_int8(denoiser)
         refuse_offloading(pipe, denoiser)
         refuse_other_ways(denoiser)
 
@@ -266,12 +282,22 @@ def _devices_of(
     return plan.devices if len(plan.devices) == plan.num_workers else None
 
 
+def _let_go_of_weights(pipe: Any) -> None:
+    """A rank that becomes a worker never comes back to its own copy of the pipeline, which would otherwise
+    stay in memory beside its stage until the driver ends."""
+    for part in vars(pipe).values():
+        if isinstance(part, nn.Module):
+            free_tensors(part, {name for name, _ in named_tensors(part)})
+
+
 @dataclass(frozen=True)
 class _Started:
-    """One executor per denoiser, all with the same workers; `devices`: of every rank."""
+    """One executor per denoiser, all with the same workers; `devices`: of every rank; `lock`: see
+    `Installation`."""
 
     executors: Sequence[LocalExecutor | RemoteExecutor]
     devices: tuple[str, ...]
+    lock: threading.RLock
     workers: tuple[WorkerInfo, ...] = ()
     close_workers: Callable[[], None] = lambda: None
 
@@ -281,12 +307,17 @@ def _start(
     threads: int | None,
     denoisers: Mapping[str, nn.Module],
     unloaded: Mapping[str, Unloaded],
+    compile_blocks: bool,
 ) -> _Started:
     if placement.runtime == "local":
         device = torch.device(placement.devices[0])
         for name, weights in unloaded.items():
             read_unloaded(denoisers[name], weights, device)
-        return _Started([LocalExecutor(device) for _ in denoisers], placement.devices)
+        return _Started(
+            [LocalExecutor(device, compile_blocks=compile_blocks) for _ in denoisers],
+            placement.devices,
+            threading.RLock(),
+        )
     host = "127.0.0.1"
     workers: Workers
     devices = list(placement.devices)
@@ -303,7 +334,13 @@ def _start(
             preload = (type(denoiser).__module__,)
             executors.append(
                 RemoteExecutor(
-                    workers, devices, counts, host=host, preload=preload, unloaded=unloaded.get(name)
+                    workers,
+                    devices,
+                    counts,
+                    host=host,
+                    preload=preload,
+                    unloaded=unloaded.get(name),
+                    compile_blocks=compile_blocks,
                 )
             )
     except BaseException:
@@ -311,10 +348,8 @@ def _start(
             executor.close()
         workers.close()
         raise
-    for executor in executors:
-        executor.siblings = executors
     infos = tuple(
         WorkerInfo(rank, devices[rank], connection.pid, connection.host)
         for rank, connection in sorted(workers.connections.items())
     )
-    return _Started(executors, tuple(devices), infos, workers.close)
+    return _Started(executors, tuple(devices), workers.users.lock, infos, workers.close)

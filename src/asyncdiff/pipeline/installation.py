@@ -32,6 +32,7 @@ from asyncdiff.pipeline.analysis import (
 from asyncdiff.pipeline.denoiser import refuse_compiled, refuse_offloading
 from asyncdiff.pipeline.forward import current_forward, put_forward
 from asyncdiff.pipeline.guards import guard_names, install_guards, refuse_other_ways, remove_guards
+from asyncdiff.pipeline.next_round import Seen, following_round, seen
 from asyncdiff.pipeline.partition_request import PartitionRequest
 from asyncdiff.pipeline.report import CallRecord, RunRecord
 from asyncdiff.pipeline.run_state import (
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
     from asyncdiff.pipeline.handle import Handle
 
 _SHORT_RUN_MARGIN = 3
+# How many analyses of one input structure are kept, which differ in what steers the forward (a prompt's
+# mask). The calls of one step may each have one.
+_MAX_ANALYSES = 8
 
 
 class DenoiserEntry:
@@ -81,8 +85,8 @@ class DenoiserEntry:
 class Installation:
     """One denoiser divided over devices, serving every pipeline that shares it.
 
-    `name`: what `pipe` calls it. `lock`: of all denoisers that share workers, which take turns: one may have
-    to end what another has left undone (`RemoteExecutor.siblings`).
+    `name`: what `pipe` calls it. `lock`: of all denoisers that share workers, which take turns
+    (`WorkerUsers`).
     """
 
     def __init__(
@@ -120,10 +124,12 @@ class Installation:
         self._owners: Partition | None = None
         self._analyses: dict[Any, list[Analysis]] = {}
         self._analysis_numbers = itertools.count()
+        self._retired: list[int] = []
         scale = getattr(getattr(denoiser, "config", None), "timestep_scale", None)
         self._runs = Runs(name, () if scale is None else (float(scale),))
         self._channels: dict[tuple[int, Any], ChannelState] = {}
         self._warned: set[str] = set()
+        self._last_seen: tuple[int, Any, Seen] | None = None
         self._calls: dict[int, list[CallRecord]] = {}
         self.last_call: tuple[float, int] | None = None  # when it ended, and its run
         self._context = _ContextNames()
@@ -200,6 +206,7 @@ class Installation:
             inputs = flatten_inputs(self._forward, args, kwargs)
             self._refuse_gradients(inputs)
             call = self._place(inputs)
+            self.executor.end_runs(self._forget_ended_runs())
             analysis = self._analysis(inputs)
             leaves = self._predict(call, inputs, analysis)
             output = analysis.output.rebuild(leaves)
@@ -224,24 +231,35 @@ class Installation:
         if conditions is None:  # the timesteps to come are not known yet: learn from another step in order
             state.run_in_order(step)
             conditions = {}
+        info = RoundInfo(
+            run=call.run,
+            channel=call.position.channel,
+            key=state.analysis.number,
+            first_step=step,
+            floats=inputs.floats(),
+            history_depth=2 if self.settings.forecast == "linear" else 1,
+            conditions=dict(conditions),
+            timestep_name=timestep_name(inputs.names),
+            latents_name=inputs.latents,
+        )
         self.executor.run_round(
             RoundCall(
-                RoundInfo(
-                    run=call.run,
-                    channel=call.position.channel,
-                    key=state.analysis.number,
-                    first_step=step,
-                    floats=inputs.floats(),
-                    history_depth=2 if self.settings.forecast == "linear" else 1,
-                    conditions=dict(conditions),
-                    timestep_name=timestep_name(inputs.names),
-                    latents_name=inputs.latents,
-                ),
+                info,
                 round=state.schedule.round_of(step),
                 tensors=inputs.tensors(),
-                ended_runs=self._forget_ended_runs(),
+                following=self._following(call, inputs, info, state),
             )
         )
+
+    def _following(
+        self, call: PlacedCall, inputs: Inputs, info: RoundInfo, state: ChannelState
+    ) -> RoundCall | None:
+        """The round that this one is followed by, where a step has one call: with several, another channel
+        comes in between."""
+        before, self._last_seen = self._last_seen, (call.run, call.position.channel, seen(inputs))
+        if not call.position.placed or before is None or before[:2] != (call.run, call.position.channel):
+            return None
+        return following_round(call, inputs, info, state, before[2])
 
     def _channel_state(self, call: PlacedCall, analysis: Analysis) -> ChannelState:
         key = (call.run, call.position.channel)
@@ -297,10 +315,14 @@ class Installation:
     # -- structures ------------------------------------------------------------------------------------------
 
     def _analysis(self, inputs: Inputs) -> Analysis:
+        """Of the calls of a structure, the one that was longest not asked for makes room."""
         known = self._analyses.setdefault(inputs.key(), [])
-        for analysis in known:
+        for index, analysis in enumerate(known):
             if analysis.covers(inputs):
+                known.append(known.pop(index))
                 return analysis
+        while len(known) >= _MAX_ANALYSES:
+            self._retired.append(known.pop(0).number)
         known.append(self._analyse(inputs))
         return known[-1]
 
@@ -331,7 +353,8 @@ class Installation:
         if self._skeleton is not self._installed:
             self._install_weights(analysis)
             self._installed = self._skeleton
-        self.executor.prepare(number, analysis.specs, analysis.wiring)
+        self.executor.prepare(number, analysis.specs, analysis.wiring, tuple(self._retired))
+        self._retired.clear()
         return analysis
 
     def _install_weights(self, analysis: Analysis) -> None:

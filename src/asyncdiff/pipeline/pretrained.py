@@ -7,7 +7,7 @@ the safetensors files, so that a model larger than any one device or process run
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,14 @@ def from_pretrained(model: str | Path, devices: int | Sequence[str] | None = Non
     if placement.runtime == "torchrun" and torchrun_rank() > 0:
         join_torchrun(list(placement.devices))
     hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
-    folder = _folder_of(model, hub | {"variant": options.get("variant")})
+    folder = _folder_of(model, hub | options)
     dtype = options.get("dtype", options.get("torch_dtype"))
     denoisers: dict[str, nn.Module] = {}
     unloaded: dict[str, Unloaded] = {}
     for name in _denoisers_in(folder):
         if name not in options:
             denoisers[name], unloaded[name] = unloaded_denoiser(
-                folder / name, dtype, device, options.get("variant")
+                folder / name, _dtype_for(name, dtype), device, options.get("variant")
             )
     pipe = DiffusionPipeline.from_pretrained(folder, **options, **denoisers)
     for name, part in pipe.components.items():
@@ -75,12 +75,20 @@ def _first_device(devices: int | Sequence[str] | None) -> torch.device:
     return torch.device(parse_devices(devices, default)[0])
 
 
-def _folder_of(model: str | Path, hub: dict[str, Any]) -> Path:
+def _dtype_for(name: str, dtype: torch.dtype | Mapping[str, torch.dtype] | None) -> torch.dtype | None:
+    """Of one component; diffusers takes a mapping by name too, whose "default" is for all others."""
+    if isinstance(dtype, Mapping):
+        return dtype.get(name, dtype.get("default", torch.float32))
+    return dtype
+
+
+def _folder_of(model: str | Path, options: dict[str, Any]) -> Path:
+    """The folder itself, or where the hub's files are; components that are given are not downloaded."""
     from diffusers import DiffusionPipeline
 
     if not Path(model).is_dir():
         try:
-            return Path(DiffusionPipeline.download(str(model), **hub))
+            return Path(DiffusionPipeline.download(str(model), **options))
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{model} is no folder, and cannot be downloaded: {error}") from error
     if not (Path(model) / "model_index.json").is_file():

@@ -24,10 +24,11 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class DeviceRound:
-    """What one device did in the round that began at a step."""
+    """What one device did in the round that began at a step. `send_s`: handing over what others read."""
 
     compute_s: float
     wait_s: float
+    send_s: float
     bytes_sent: int
 
 
@@ -48,7 +49,8 @@ class StepReport:
 @dataclass(frozen=True)
 class RunReport:
     """The last run. `denoise_s`: from the first denoiser call to the end of the last one. `weight_bytes`,
-    `resident_bytes`, `cpu_s`: per rank, now (the local executor holds everything in one process). `devices`:
+    `resident_bytes`, `cpu_s`: per rank, now (the local executor holds everything in one process).
+    `device_peak_bytes`: per rank, the most its process has held on CUDA devices, 0 without one. `devices`:
     one per rank, or the single one of the local executor. A run that was broken off has the steps it came
     to."""
 
@@ -57,6 +59,7 @@ class RunReport:
     weight_bytes: tuple[int, ...]
     resident_bytes: tuple[int, ...]
     cpu_s: tuple[float, ...]
+    device_peak_bytes: tuple[int, ...]
     devices: tuple[str, ...]
     timeline: Timeline
 
@@ -95,6 +98,7 @@ def build_report(records: Sequence[RunRecord], devices: Sequence[str]) -> RunRep
         weight_bytes=tuple(worker.weight_bytes for worker in workers),
         resident_bytes=tuple(worker.resident_bytes for worker in workers),
         cpu_s=tuple(worker.cpu_s for worker in workers),
+        device_peak_bytes=tuple(worker.device_peak_bytes for worker in workers),
         devices=tuple(devices),
         timeline=_timeline(calls, workers, start_s, steps),
     )
@@ -107,6 +111,7 @@ def _of_one_rank(reports: Sequence[WorkerReport]) -> WorkerReport:
         weight_bytes=sum(report.weight_bytes for report in reports),
         resident_bytes=max(report.resident_bytes for report in reports),
         cpu_s=max(report.cpu_s for report in reports),
+        device_peak_bytes=max(report.device_peak_bytes for report in reports),
     )
 
 
@@ -118,6 +123,12 @@ def _step(step: int, calls: Sequence[CallRecord], workers: Sequence[WorkerReport
             DeviceRound(
                 compute_s=sum(record.compute_s for record in rounds),
                 wait_s=sum(record.wait_s for record in rounds),
+                send_s=sum(
+                    end - begin
+                    for record in rounds
+                    for _, category, begin, end in record.spans
+                    if category == "send"
+                ),
                 bytes_sent=sum(record.bytes_sent for record in rounds),
             )
         )

@@ -1,20 +1,26 @@
 """Numbers in, plan out: costs, cut points, partitions, plans and what they predict. Pure."""
 
+from asyncdiff.planner.candidates import Candidate, Objective, choose_candidate, list_candidates
 from asyncdiff.planner.choice import choose_plan
 from asyncdiff.planner.costs import estimate_seconds, glue_seconds
 from asyncdiff.planner.names import block_name, partition_by_names
-from asyncdiff.planner.partitioning import partition_chain, partition_nested, stage_speeds
+from asyncdiff.planner.partitioning import check_speeds, partition_chain, partition_nested, stage_speeds
 from asyncdiff.planner.plan import Plan, make_plan
 from asyncdiff.planner.predictions import Predictions, predict
 from asyncdiff.planner.timing import simulate
 
 __all__ = [
+    "Candidate",
+    "Objective",
     "Plan",
     "Predictions",
     "block_name",
+    "check_speeds",
+    "choose_candidate",
     "choose_plan",
     "estimate_seconds",
     "glue_seconds",
+    "list_candidates",
     "make_plan",
     "partition_by_names",
     "partition_chain",

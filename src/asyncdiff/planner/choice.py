@@ -7,6 +7,7 @@ little of the work; a nested split of the same balance can halve both, with fewe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from asyncdiff.errors import ConfigurationError
@@ -30,15 +31,16 @@ PlanOfKind = Callable[[str, float | None], Plan]
 def choose_plan(makers: Sequence[PlanOfKind], num_stages: int) -> Plan:
     """The plan to use among those of several graphs and kinds of partition.
 
-    Each maker gives the best plan of a kind ("chain", "nested") under a largest weight share (None: any), or
-    raises `ConfigurationError` where there is none. Of those that are within `SLOWER` and `MORE_TRAFFIC`, the
-    first level of `WEIGHT_LEVELS` that any of them keeps decides, and at one level the fewest crossing bytes.
+    Each maker gives the best plan of a kind ("chain", "nested") under a largest weight share (None: any that
+    the devices can hold), or raises `ConfigurationError` where there is none. Of those that are within
+    `SLOWER` and `MORE_TRAFFIC`, the first level of `WEIGHT_LEVELS` that any of them keeps decides, and at one
+    level the fewest crossing bytes.
     """
     free = [] if num_stages == 1 else list(_plans(makers, None))
     if not free:
         return makers[0](KINDS[0], None)  # one stage; or raises what is in the way
     slowest = min(map(_largest_stage_s, free)) * (1.0 + SLOWER)
-    most_bytes = _crossing_bytes(makers[0]("chain", None)) * MORE_TRAFFIC
+    most_bytes = _chain_bytes(makers[0]) * MORE_TRAFFIC
     for level in (*(level / num_stages for level in WEIGHT_LEVELS), None):
         plans = [
             plan
@@ -48,6 +50,14 @@ def choose_plan(makers: Sequence[PlanOfKind], num_stages: int) -> Plan:
         if plans:
             return min(plans, key=_crossing_bytes)
     return min(free, key=_largest_stage_s)
+
+
+def _chain_bytes(make: PlanOfKind) -> float:
+    """Of the maker's chain; no limit where it has none."""
+    try:
+        return _crossing_bytes(make(KINDS[0], None))
+    except ConfigurationError:
+        return math.inf
 
 
 def _plans(makers: Sequence[PlanOfKind], max_weight_share: float | None) -> Iterator[Plan]:

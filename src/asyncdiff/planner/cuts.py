@@ -25,12 +25,18 @@ _ROUNDING = 1e-9  # relative: differences of prefix sums are not exact
 _Choice: TypeAlias = tuple[tuple[float, float], tuple[int, ...]]
 
 
+def first_stage_seconds(work: float, speed: float, driver_speed: float, driver_seconds: float) -> float:
+    """What stage 0 takes: its slowest device (of `speed`), or the driver's, with the driver's own work."""
+    return max(work / speed, work / driver_speed + driver_seconds)
+
+
 @dataclass(frozen=True)
 class Load:
     """The work to divide. `prefix[i]`: seconds of the first i blocks; `fixed`: seconds that every stage adds.
 
     `speeds`: of each stage's (slowest) device, in stage order. `weights[i]`: bytes of the weights of the
-    first i blocks; `most_weights`: what a stage may hold of them.
+    first i blocks; `most_weights`: what a stage may hold of them. `driver_seconds`: what the driver's device,
+    of `driver_speed` and the (first) one of stage 0, has to do beside its stage, at whatever speed.
     """
 
     prefix: tuple[float, ...]
@@ -38,6 +44,8 @@ class Load:
     speeds: tuple[float, ...]
     weights: tuple[float, ...]
     most_weights: float
+    driver_speed: float
+    driver_seconds: float
 
     @classmethod
     def of(
@@ -47,6 +55,9 @@ class Load:
         speeds: Sequence[float],
         weights: Sequence[float] | None = None,
         most_weights: float = math.inf,
+        *,
+        driver_speed: float | None = None,
+        driver_seconds: float = 0.0,
     ) -> Load:
         held = weights or [0.0] * len(seconds)
         return cls(
@@ -55,15 +66,32 @@ class Load:
             speeds=tuple(speeds),
             weights=tuple(accumulate(held, initial=0.0)),
             most_weights=most_weights * (1.0 + _ROUNDING),
+            driver_speed=speeds[0] if driver_speed is None else driver_speed,
+            driver_seconds=driver_seconds,
         )
 
     @property
     def num_blocks(self) -> int:
         return len(self.prefix) - 1
 
+    def seconds_of(self, stage: int, work: float) -> float:
+        """So many seconds of blocks on the device of a stage, with what comes on top."""
+        if stage == 0:
+            return first_stage_seconds(
+                work + self.fixed, self.speeds[0], self.driver_speed, self.driver_seconds
+            )
+        return (work + self.fixed) / self.speeds[stage]
+
+    def room(self, stage: int, limit: float) -> float:
+        """How many seconds of blocks fit a stage that may take `limit`."""
+        work = limit * self.speeds[stage]
+        if stage == 0:
+            work = min(work, (limit - self.driver_seconds) * self.driver_speed)
+        return work - self.fixed
+
     def stage_seconds(self, stage: int, start: int, end: int) -> float:
         """Blocks [start, end) on the device of a stage."""
-        return (self.prefix[end] - self.prefix[start] + self.fixed) / self.speeds[stage]
+        return self.seconds_of(stage, self.prefix[end] - self.prefix[start])
 
     def holds(self, start: int, end: int) -> bool:
         """Whether a device can hold the weights of the blocks [start, end)."""
@@ -75,8 +103,7 @@ class Load:
 
     def outer_seconds(self, start: int, end: int) -> float:
         """All blocks but [start, end) on the device of stage 0."""
-        rest = self.prefix[start] + self.prefix[-1] - self.prefix[end]
-        return (rest + self.fixed) / self.speeds[0]
+        return self.seconds_of(0, self.prefix[start] + self.prefix[-1] - self.prefix[end])
 
 
 def chain_cuts(load: Load, entering: EnteringBytes, *, copies: int, imbalance: float) -> tuple[int, ...]:
@@ -131,8 +158,7 @@ def _nested_candidates(
 ) -> Iterator[_Choice]:
     """For every start of the inner blocks and every end within the limit, the best cuts between."""
     for start in _nested_starts(load, stages, limit):
-        outer_room = limit * load.speeds[0] - load.fixed
-        least = load.prefix[start] + load.prefix[-1] - outer_room
+        least = load.prefix[start] + load.prefix[-1] - load.room(0, limit)
         inner = _fewest_bytes(load, entering, stages, [1] * len(stages), start, limit, least)
         for end, ((num_bytes, squares), cuts) in inner.items():
             outer_s = load.outer_seconds(start, end)
@@ -144,7 +170,7 @@ def _least_limit(load: Load, fits: Callable[[float], bool]) -> float:
     """The least limit on the stages' seconds under which a partition fits, up to rounding; infinite if
     none does.
     """
-    low, high = 0.0, (load.prefix[-1] + load.fixed) / min(load.speeds)
+    low, high = 0.0, (load.prefix[-1] + load.fixed) / min(load.speeds) + load.driver_seconds
     if not fits(high * (1.0 + _ROUNDING)):
         return math.inf
     while high - low > _ROUNDING / 10 * high:
@@ -163,7 +189,7 @@ def _furthest(load: Load, stages: range, limit: float, *, reserve: int) -> list[
     n = load.num_blocks
     reach = [*range(n + 1 - reserve), *[0] * reserve]
     for stage in reversed(stages):
-        room = limit * load.speeds[stage] - load.fixed
+        room = load.room(stage, limit)
         ends = [
             min(
                 bisect_right(load.prefix, seconds + room),
@@ -191,7 +217,7 @@ def _fewest_bytes(
     tried: with 470 blocks in 4 stages, all but one of a hundred.
     """
     best: dict[int, _Choice] = {start: ((0.0, 0.0), (start,))}
-    rooms = [limit * load.speeds[stage] - load.fixed for stage in stages]
+    rooms = [load.room(stage, limit) for stage in stages]
     for position, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
         enough = (least - sum(rooms[position + 1 :])) - _ROUNDING * load.prefix[-1]
         first_end = bisect_left(load.prefix, enough)

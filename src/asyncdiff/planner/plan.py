@@ -9,7 +9,7 @@ from pathlib import Path
 from asyncdiff.config import Settings, check_count
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.graph import BlockGraph, Partition
-from asyncdiff.planner.costs import estimate_seconds
+from asyncdiff.planner.costs import estimate_driver_seconds, estimate_seconds
 from asyncdiff.planner.description import describe
 from asyncdiff.planner.names import block_name, partition_by_names
 from asyncdiff.planner.partitioning import DEFAULT_IMBALANCE, partition_chain, partition_nested
@@ -109,13 +109,18 @@ def make_plan(
     threads_per_device: int | None = None,
     imbalance: float = DEFAULT_IMBALANCE,
     max_weight_share: float | None = None,
+    driver_seconds: float | None = None,
 ) -> Plan:
     """The plan for a graph on devices: the best partition of `kind`, or the one given, with its predictions.
 
-    `devices` as in `Plan`, `speeds`, `imbalance` and `max_weight_share` as in `partition_chain`; `dtype` of
-    the weights and the kind of the first device choose the cost estimate where blocks have not been measured.
+    `devices` as in `Plan`, `speeds`, `imbalance`, `max_weight_share` and `driver_seconds` as in
+    `partition_chain`; `dtype` of the weights and the kind of the first device choose the cost estimate where
+    blocks have not been measured, and that of the driver's work where it is None.
     """
-    seconds = estimate_seconds(graph, devices[0].split(":")[0] if devices else "cpu", dtype)
+    device_kind = devices[0].split(":")[0] if devices else "cpu"
+    seconds = estimate_seconds(graph, device_kind, dtype)
+    if driver_seconds is None:
+        driver_seconds = estimate_driver_seconds(graph, device_kind, dtype)
     stride = settings.stride
     if partition is None:
         if kind not in KINDS:
@@ -129,6 +134,7 @@ def make_plan(
             seconds=seconds,
             imbalance=imbalance,
             max_weight_share=max_weight_share,
+            driver_seconds=driver_seconds,
         )
     if partition.num_stages != settings.num_stages:
         raise ConfigurationError(
@@ -143,5 +149,7 @@ def make_plan(
         time_shift=settings.time_shift,
         forecast=settings.forecast,
         threads_per_device=threads_per_device,
-        predictions=predict(graph, partition, seconds, stride=stride, speeds=speeds),
+        predictions=predict(
+            graph, partition, seconds, stride=stride, speeds=speeds, driver_seconds=driver_seconds
+        ),
     )

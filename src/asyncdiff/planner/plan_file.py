@@ -79,7 +79,8 @@ def _optional(read_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any
 def _read_predictions(name: str, value: Any) -> Predictions:
     if not isinstance(value, dict):
         raise ConfigurationError(f"In the plan, {name} must be an object, not {value!r}.")
-    return Predictions(**_read_object(f"The plan's {name}", value, _PREDICTIONS, required=_PREDICTIONS))
+    required = _PREDICTIONS.keys() - {"driver_seconds", "speeds", "latents_stages"}
+    return Predictions(**_read_object(f"The plan's {name}", value, _PREDICTIONS, required))
 
 
 _PREDICTIONS = {
@@ -91,6 +92,9 @@ _PREDICTIONS = {
     "crossing_bytes": _list_of(_list_of(_exactly(int))),
     "prediction_bytes": _exactly(int),
     "parameter_bytes": _list_of(_exactly(int)),
+    "driver_seconds": _exactly(float),
+    "speeds": _optional(_list_of(_exactly(float))),
+    "latents_stages": _optional(_list_of(_exactly(int))),
 }
 _PLAN = {
     "kind": _exactly(str),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from asyncdiff.graph import BlockGraph, Partition, Segment, crossing_bytes
 from asyncdiff.planner.costs import glue_seconds
+from asyncdiff.planner.cuts import first_stage_seconds
 from asyncdiff.planner.partitioning import stage_speeds
 
 
@@ -15,12 +16,16 @@ class Predictions:
     """Figures of a partition on stated devices; seconds are as good as the block seconds they come from.
 
     `segment_seconds`: per segment, on a device of speed 1, glue counted with the first segment of each
-    stage (as `simulate` wants them). `stage_seconds`: per stage, one forward on its own (slowest) device.
-    `balance`: largest stage x number of stages / sum; 1 is perfect, 1.2 means 20 % above it.
-    `ideal_speedup`: of an asynchronous step over the unsplit model on the driver's device, without transfers
-    and warm-up. `crossing_bytes_per_step`: all messages between stages, the prediction and the
-    denoiser's inputs not included. `crossing_bytes`: (producing segment, reading segment, bytes) of each.
+    stage (as `simulate` wants them). `stage_seconds`: per stage, a round on its own (slowest) device, of
+    stage 0 with the driver's own work. `balance`: largest stage x number of stages / sum; 1 is perfect, 1.2
+    means 20 % above it. `ideal_speedup`: of an asynchronous step over the unsplit model on the driver's
+    device, without transfers and warm-up. `crossing_bytes_per_step`: all messages between stages, the
+    prediction and the denoiser's inputs not included. `crossing_bytes`: (producing segment, reading segment,
+    bytes) of each.
     `prediction_bytes`: of one prediction. `parameter_bytes`: the weights each stage holds.
+    `driver_seconds`: the pipeline's own work per step; `speeds`: of each rank (None: all equal); both as
+    they were assumed. `latents_stages`: those that read what is new at every step, None where that is not
+    known; the others can go ahead while the driver works.
     """
 
     segment_seconds: tuple[float, ...]
@@ -31,6 +36,9 @@ class Predictions:
     crossing_bytes: tuple[tuple[int, int, int], ...]
     prediction_bytes: int
     parameter_bytes: tuple[int, ...]
+    driver_seconds: float = 0.0
+    speeds: tuple[float, ...] | None = None
+    latents_stages: tuple[int, ...] | None = None
 
 
 def predict(
@@ -40,27 +48,50 @@ def predict(
     *,
     stride: int = 1,
     speeds: Sequence[float] | None = None,
+    driver_seconds: float = 0.0,
 ) -> Predictions:
-    """The predictions for a partition; `seconds` per block and `speeds` per rank as in `partition_chain`."""
+    """The predictions for a partition; `seconds` per block, `speeds` per rank and `driver_seconds` as in
+    `partition_chain`.
+    """
     segments = partition.segments(graph)
     stage_speed = stage_speeds(partition.kind, partition.num_stages, stride, speeds)
     glue = glue_seconds(graph, tuple(seconds))
     by_segment = _segment_seconds(graph, segments, seconds, glue)
-    by_stage = tuple(
-        sum(by_segment[segment.index] for segment in segments if segment.stage == stage) / speed
-        for stage, speed in enumerate(stage_speed)
-    )
+    work = [
+        sum(by_segment[segment.index] for segment in segments if segment.stage == stage)
+        for stage in range(partition.num_stages)
+    ]
     driver_speed = 1.0 if speeds is None else speeds[0]
+    by_stage = (
+        first_stage_seconds(work[0], stage_speed[0], driver_speed, stride * driver_seconds),
+        *(own / speed for own, speed in zip(work[1:], stage_speed[1:], strict=True)),
+    )
+    in_order = (sum(seconds) + glue) / driver_speed + driver_seconds
     return Predictions(
         segment_seconds=by_segment,
         stage_seconds=by_stage,
         balance=_ratio(max(by_stage) * len(by_stage), sum(by_stage)),
-        ideal_speedup=_ratio((sum(seconds) + glue) / driver_speed, max(by_stage) / stride),
+        ideal_speedup=_ratio(in_order, max(by_stage) / stride),
         crossing_bytes_per_step=_crossing_bytes_per_step(graph, partition, segments, stride),
         crossing_bytes=tuple((*pair, size) for pair, size in crossing_bytes(graph, segments).items()),
         prediction_bytes=sum(spec.num_bytes for spec in graph.outputs),
         parameter_bytes=tuple(_parameter_bytes(graph, partition, stage) for stage in range(len(by_stage))),
+        driver_seconds=driver_seconds,
+        speeds=None if speeds is None else tuple(speeds),
+        latents_stages=_latents_stages(graph, segments) if graph.latents else None,
     )
+
+
+def _latents_stages(graph: BlockGraph, segments: Sequence[Segment]) -> tuple[int, ...]:
+    inputs = {block.key: set(block.inputs) for block in graph.blocks}
+    readers = {
+        segment.stage
+        for segment in segments
+        if any(inputs[key].intersection(graph.latents) for key in segment.blocks)
+    }
+    if set(graph.output_inputs).intersection(graph.latents):
+        readers.add(segments[-1].stage)
+    return tuple(sorted(readers))
 
 
 def _segment_seconds(

@@ -1,5 +1,6 @@
-"""Timing blocks on the device itself."""
+"""Timing blocks, and devices against each other, on the devices themselves."""
 
-from asyncdiff.profile.calls import time_calls
+from asyncdiff.profile.calls import add_up, time_calls
+from asyncdiff.profile.speeds import relative_speeds
 
-__all__ = ["time_calls"]
+__all__ = ["add_up", "relative_speeds", "time_calls"]

@@ -72,12 +72,13 @@ class JoinTransport:
 @dataclass(frozen=True)
 class InstallSkeleton:
     """Rebuild the denoiser. `rank_stages[r]`: the stage of rank r. `keeps_weights`: tensors already held are
-    kept by name; else the driver has taken them back."""
+    kept by name; else the driver has taken them back. `compile_blocks`: run the stage's blocks compiled."""
 
     session: int
     skeleton: Any
     rank_stages: tuple[int, ...]
     keeps_weights: bool
+    compile_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,13 @@ class ReturnWeights:
 
 @dataclass(frozen=True)
 class PrepareStage:
-    """Install the stubs for one input structure."""
+    """Install the stubs for one input structure; `discarded`: those that will not be needed any more."""
 
     session: int
     key: int
     spec: Any
     wiring: Any
+    discarded: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,15 @@ class RoundInfo:
 
 @dataclass(frozen=True)
 class RoundMessage:
-    """Run this rank's operations of one round. `ended_runs`: runs whose states may be forgotten."""
+    """Run this rank's operations of one round. `ended_runs`: runs whose states may be forgotten. `is_void`:
+    only take part in the transfers; the round does not happen, or happens again."""
 
     session: int
     info: RoundInfo
     ops: tuple[Op, ...]
     inputs: tuple[InputItem, ...]
     ended_runs: tuple[int, ...] = ()
+    is_void: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,14 +256,18 @@ class RoundRecord:
     bytes_sent: int
     spans: tuple[tuple[str, str, float, float], ...]
 
+    def is_of_same_round(self, other: RoundRecord) -> bool:
+        return (self.run, self.channel, self.first_step) == (other.run, other.channel, other.first_step)
+
 
 @dataclass(frozen=True)
 class WorkerReport:
     """Answer to `Collect`. `weight_bytes`: what the stage's tensors hold; `resident_bytes`: the process's
-    RSS.
+    RSS; `device_peak_bytes`: the most that the process has held on CUDA devices, 0 without one.
     """
 
     rounds: tuple[RoundRecord, ...]
     weight_bytes: int
     resident_bytes: int
     cpu_s: float
+    device_peak_bytes: int = 0

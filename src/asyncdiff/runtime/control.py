@@ -178,7 +178,8 @@ class WorkerConnection:
             if has_failed:
                 state.failure = None
         if has_failed:
-            self.send(AbortRun(session, run))
+            with suppress(WorkerLostError):  # whoever asks it for something next is told
+                self.send(AbortRun(session, run))
 
     def failure(self, session: int) -> Failure | None:
         """What failed in a run that is going on."""
@@ -283,13 +284,12 @@ class WorkerConnection:
     def _take(self, message: Any) -> None:
         if isinstance(message, Pong):
             self._take_pong(message)
+        elif isinstance(message, Failure) and message.run is not None:
+            self._take_failure(message, message.run)
         elif isinstance(message, Failure | Reply) and message.session in self._sessions:
             state = self._sessions[message.session]
-            if isinstance(message, Failure) and message.run is not None:
-                self._take_failure(state, message, message.run)
-            else:
-                state.num_answers += 1
-                state.answers.put((state.num_answers, message))
+            state.num_answers += 1
+            state.answers.put((state.num_answers, message))
 
     def _take_pong(self, message: Pong) -> None:
         ping = self._ping
@@ -297,10 +297,12 @@ class WorkerConnection:
             self.clock_offset_s = message.clock_s - (ping.clock_s + time.perf_counter()) / 2
             ping.is_answered = True
 
-    def _take_failure(self, state: _SessionState, failure: Failure, run: int) -> None:
+    def _take_failure(self, failure: Failure, run: int) -> None:
+        """Of a run that is over, or of a handle that is gone: nobody is told, and the worker goes on."""
+        state = self._sessions.get(failure.session)
         with self._runs_lock:
-            is_ours = run in state.runs
-            if is_ours:
+            is_ours = state is not None and run in state.runs
+            if state is not None and is_ours:
                 state.failure = failure
         if not is_ours:
             with self._send_lock:

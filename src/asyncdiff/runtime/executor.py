@@ -22,12 +22,15 @@ from asyncdiff.weights import Skeleton
 
 @dataclass(frozen=True)
 class RoundCall:
-    """One round for all ranks, with every tensor input of the call that starts it."""
+    """One round for all ranks, with every tensor input of the call that starts it.
+
+    `following`: the round that will come next if all goes as before, with the inputs that are known already.
+    """
 
     info: RoundInfo
     round: Round
     tensors: Mapping[str, torch.Tensor]
-    ended_runs: tuple[int, ...] = ()
+    following: RoundCall | None = None
 
     def task(self, rank: int) -> RoundTask:
         """The part of one rank that is in this process."""
@@ -47,8 +50,14 @@ class Executor(Protocol):
         """Build the stages from the live module. Rank r runs stage `rank_stages[r]`; `held`: stage -> names
         of the tensors it must hold."""
 
-    def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
-        """Install the stubs for an input structure. `specs`: stage -> its spec."""
+    def prepare(
+        self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()
+    ) -> None:
+        """Install the stubs for an input structure. `specs`: stage -> its spec. `discarded`: keys that no
+        round will be of any more, unless they are prepared again."""
+
+    def end_runs(self, runs: tuple[int, ...]) -> None:
+        """Nothing of these runs will be asked for any more."""
 
     def run_round(self, call: RoundCall) -> None:
         """Start a round; returns when this process's own part is done."""
@@ -82,9 +91,17 @@ def process_report(interpreter_records: tuple, weight_bytes: int) -> WorkerRepor
         weight_bytes=weight_bytes,
         resident_bytes=resident_bytes_of_process(),
         cpu_s=time.process_time(),
+        device_peak_bytes=device_peak_bytes_of_process(),
     )
 
 
 def resident_bytes_of_process() -> int:
     """Resident set size of this process in bytes, now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def device_peak_bytes_of_process() -> int:
+    """The most that this process has held on CUDA devices since the peak was last reset; 0 without CUDA."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))

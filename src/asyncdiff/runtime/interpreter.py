@@ -6,7 +6,7 @@ The same code runs in the local executor, in the driver (rank 0) and in the work
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -61,6 +61,11 @@ class StageInterpreter:
         """What crosses for an input structure; the replica must have been prepared for it."""
         self._wirings[key] = wiring
 
+    def discard(self, key: int) -> None:
+        """Forget an input structure, here and in the replica; nothing happens if it is not there."""
+        self._wirings.pop(key, None)
+        self._replica.discard(key)
+
     def run_round(self, task: RoundTask) -> None:
         """Carry out the rank's operations. After an exception `settle` must come before the next round."""
         self.post(task)
@@ -88,12 +93,16 @@ class StageInterpreter:
             self._forward(task, wiring, states, computes, clock)
         assert not self._debts, f"not sent: {[str(parcel) for _, parcel in self._debts]}"
         states.forget_before(task.info.history_depth)
-        self._records.append(clock.record(task))
+        self._note(clock.record(task))
 
-    def skip_round(self, task: RoundTask) -> None:
-        """Take part in the round's transfers without computing anything: the run has been aborted."""
+    def skip_round(self, task: RoundTask, lost_ranks: Collection[int] = ()) -> None:
+        """Take part in the round's transfers without computing anything; what it would have predicted is not
+        asked for."""
         self.post(task)
-        self.settle()
+        self.settle(lost_ranks)
+        for op in task.ops:
+            if isinstance(op, Predict):
+                self._predictions.pop((task.info.run, task.info.channel, op.step), None)
 
     def settle(self, lost_ranks: Collection[int] = ()) -> None:
         """Send fillers for whatever the last round still owes its peers: every transfer needs its match.
@@ -120,6 +129,17 @@ class StageInterpreter:
     def take_records(self, run: int | None) -> tuple[RoundRecord, ...]:
         """What was recorded of a run (None: of all that have not been ended)."""
         return tuple(record for record in self._records if run is None or record.run == run)
+
+    def _note(self, record: RoundRecord) -> None:
+        """A round that is run again replaces what was noted of it."""
+        last = self._records[-1] if self._records else None
+        if last and (last.run, last.channel, last.first_step) == (
+            record.run,
+            record.channel,
+            record.first_step,
+        ):
+            self._records.pop()
+        self._records.append(record)
 
     # -- transfers --
 
@@ -238,18 +258,25 @@ class _Clock:
         return _Measured(self._spans, name, category)
 
     def record(self, task: RoundTask) -> RoundRecord:
-        seconds = dict.fromkeys(("compute", "wait", "send"), 0.0)
-        for _, category, start, end in self._spans:
-            seconds[category] += end - start
+        forwards = [span for span in self._spans if span[1] == "compute"]
+        within = [
+            span
+            for span in self._spans
+            if any(start < span[2] and span[3] < end for *_, start, end in forwards)
+        ]  # a prediction is sent after its forward
         return RoundRecord(
             run=task.info.run,
             channel=task.info.channel,
             first_step=task.info.first_step,
-            compute_s=seconds["compute"] - seconds["wait"] - seconds["send"],
-            wait_s=seconds["wait"],
+            compute_s=_seconds(forwards) - _seconds(within),
+            wait_s=_seconds(span for span in self._spans if span[1] == "wait"),
             bytes_sent=self.bytes_sent,
             spans=tuple(self._spans),
         )
+
+
+def _seconds(spans: Iterable[tuple[str, str, float, float]]) -> float:
+    return sum(end - start for _, _, start, end in spans)
 
 
 class _Measured:

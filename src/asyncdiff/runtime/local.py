@@ -23,8 +23,9 @@ from asyncdiff.weights import Skeleton, load_skeleton, named_tensors
 class LocalExecutor:
     """Interprets all ranks; waiting for what a rank has not sent yet runs that rank first."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, compile_blocks: bool = False) -> None:
         self._device = device
+        self._compile_blocks = compile_blocks
         self._rank_stages: tuple[int, ...] = ()
         self._interpreters: list[StageInterpreter] = []
         self._replicas: dict[int, StageReplica] = {}
@@ -44,7 +45,9 @@ class LocalExecutor:
         self._rank_stages = rank_stages
         tensors = dict(named_tensors(module))
         self._replicas = {
-            stage: StageReplica(load_skeleton(skeleton, tensors), device=self._device)
+            stage: StageReplica(
+                load_skeleton(skeleton, tensors), device=self._device, compile_blocks=self._compile_blocks
+            )
             for stage in sorted(set(self._rank_stages))
         }
         self._interpreters = [
@@ -52,17 +55,23 @@ class LocalExecutor:
             for rank, stage in enumerate(self._rank_stages)
         ]
 
-    def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
+    def prepare(
+        self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()
+    ) -> None:
         for stage, replica in self._replicas.items():
             replica.prepare(key, specs[stage])
         for interpreter in self._interpreters:
             interpreter.wire(key, wiring)
+            for old in discarded:
+                interpreter.discard(old)
+
+    def end_runs(self, runs: tuple[int, ...]) -> None:
+        self._aborted.difference_update(runs)
+        for interpreter in self._interpreters:
+            interpreter.end_runs(runs)
 
     def run_round(self, call: RoundCall) -> None:
         refuse_aborted(call.info.run, self._aborted)
-        self._aborted.difference_update(call.ended_runs)
-        for interpreter in self._interpreters:
-            interpreter.end_runs(call.ended_runs)
         self._not_started = {rank: call.task(rank) for rank in range(len(self._rank_stages))}
         try:
             for rank in range(len(self._rank_stages)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,7 @@ from asyncdiff.runtime.executor import RoundCall, process_report, refuse_aborted
 from asyncdiff.runtime.interpreter import StageInterpreter
 from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.runtime.link import Parcel, Stream
+from asyncdiff.runtime.lookahead import Announcement, announce, version_of
 from asyncdiff.runtime.session import STORE_TIMEOUT
 from asyncdiff.runtime.transport import Transport, choose_backend, open_transport
 from asyncdiff.stage import StageReplica, StageSpec
@@ -60,11 +62,25 @@ _SETTLE_S = 0.3
 _session_numbers = itertools.count()
 
 
+@dataclass
+class WorkerUsers:
+    """Who uses the same workers: the denoisers of a pipeline, and all handles of a torchrun job.
+
+    `lock`: held while one of them asks for anything, because they take turns: calls that reached the workers
+    in different orders would wait for each other for ever, and one may have to end what another has left
+    undone. `executors`: those that are not closed.
+    """
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    executors: list[RemoteExecutor] = field(default_factory=list)
+
+
 class Workers(Protocol):
     """Started worker processes: spawned ones of this handle, or the other ranks of torchrun."""
 
     connections: dict[int, WorkerConnection]
     is_local: bool
+    users: WorkerUsers
 
     def kill(self, rank: int) -> None: ...
 
@@ -76,8 +92,7 @@ class RemoteExecutor:
 
     `host`: the address under which other machines' workers reach the store here. `preload`: modules
     that the denoiser will need, which workers import until it comes (diffusers takes seconds). `unloaded`:
-    weights that every process reads from the file itself, its own only. `siblings`: the executors of the
-    same pipeline's other denoisers, whose rounds the same workers run.
+    weights that every process reads from the file itself, its own only.
     """
 
     def __init__(
@@ -89,13 +104,14 @@ class RemoteExecutor:
         host: str = "127.0.0.1",
         preload: tuple[str, ...] = (),
         unloaded: Unloaded | None = None,
+        compile_blocks: bool = False,
     ) -> None:
         self._workers = workers
+        self._compile_blocks = compile_blocks
         self._unloaded = unloaded
         self._rank_stages: tuple[int, ...] = ()
         self._devices = devices
         self._device = torch.device(devices[0])
-        self.siblings: Sequence[RemoteExecutor] = ()
         self._session = next(_session_numbers)
         self._store = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT, multi_tenant=False
@@ -110,18 +126,23 @@ class RemoteExecutor:
         self._needed: dict[int, dict[int, tuple[str, ...]]] = {}
         self._members: tuple[int, ...] = ()
         self._last_inputs: dict[tuple[int, int, Hashable], dict[str, tuple[torch.Tensor, int]]] = {}
+        self._announcement: Announcement | None = None
+        self._unforeseen: set[int] = set()  # runs that did not go on as announced
         self._runs: set[int] = set()
         self._aborted: set[int] = set()
+        self._ended: tuple[int, ...] = ()
         self._progress_s = time.monotonic()
         self._doing = Doing("starting")
         self._lost: dict[int, WorkerLostError] = {}
         self._broken: Exception | None = None
         self._closed = False
-        try:
-            self._open(threads, host, preload)
-        except BaseException:
-            self.close()
-            raise
+        with workers.users.lock:
+            workers.users.executors.append(self)
+            try:
+                self._open(threads, host, preload)
+            except BaseException:
+                self.close()
+                raise
 
     # -- setting up --
 
@@ -143,7 +164,8 @@ class RemoteExecutor:
 
     def _join(self, ranks: tuple[int, ...]) -> None:
         """Form the data transport among these ranks; the rank within it is the position in `ranks`."""
-        backend = choose_backend([(self._host_of(rank), self._devices[rank]) for rank in ranks])
+        places = [(self._host_of(rank), self._devices[rank]) for rank in ranks]
+        backend = choose_backend(places, local=self._workers.is_local)
         prefix = f"asyncdiff/{self._session}/{next(self._prefixes)}"
         message = JoinTransport(self._session, ranks, backend, prefix, self._workers.is_local)
         numbers = self._request({rank: message for rank in ranks if rank != 0})
@@ -192,10 +214,18 @@ class RemoteExecutor:
         rank_stages: tuple[int, ...],
         held: Mapping[int, Collection[str]],
     ) -> None:
+        self._end_announced()
+        self._needed.clear()
         self._rank_stages = rank_stages
         for rank, connection in self._connections():
             connection.set_stage(self._session, rank_stages[rank])
-        message = InstallSkeleton(self._session, skeleton, rank_stages, keeps_weights=bool(self._held))
+        message = InstallSkeleton(
+            self._session,
+            skeleton,
+            rank_stages,
+            keeps_weights=bool(self._held),
+            compile_blocks=self._compile_blocks,
+        )
         numbers = self._request({rank: message for rank, _ in self._connections()})
         self._await_replies(numbers, "waiting for it to rebuild the denoiser")
         self._ship(module, held)
@@ -204,7 +234,9 @@ class RemoteExecutor:
         own = {name: tensor for name, tensor in named_tensors(module) if name in self._held[0]}
         free_tensors(module, [name for name in skeleton.specs if name not in own])
         self._replica_module = load_skeleton(skeleton, own, self._device)
-        self._replica = StageReplica(self._replica_module, device=self._device)
+        self._replica = StageReplica(
+            self._replica_module, device=self._device, compile_blocks=self._compile_blocks
+        )
         assert self._transport is not None
         self._interpreter = StageInterpreter(
             0, self._rank_stages, self._replica, self._transport, self._device
@@ -237,42 +269,63 @@ class RemoteExecutor:
         """Read those of the names that have never been in memory; which they are."""
         return set() if self._unloaded is None else read_unloaded(module, self._unloaded, self._device, names)
 
-    def prepare(self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring) -> None:
+    def prepare(
+        self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()
+    ) -> None:
         self._refuse_if_broken()
+        if self._announcement is not None and self._announcement.call.info.key in discarded:
+            self._end_announced()
         replica, interpreter = self._replica, self._interpreter
         assert replica is not None
         assert interpreter is not None
         numbers = self._request(
             {
-                rank: PrepareStage(self._session, key, specs[self._rank_stages[rank]], wiring)
+                rank: PrepareStage(self._session, key, specs[self._rank_stages[rank]], wiring, discarded)
                 for rank, _ in self._connections()
             }
         )
         replica.prepare(key, specs[0])
         interpreter.wire(key, wiring)
         self._needed[key] = {stage: tuple(spec.needed_inputs) for stage, spec in specs.items()}
+        for old in discarded:
+            interpreter.discard(old)
+            self._needed.pop(old, None)
         self._await_replies(numbers, "waiting for it to prepare its stage")
 
     # -- rounds --
 
     def run_round(self, call: RoundCall) -> None:
+        """Workers that can are told of the round after this one too (see `_announce`)."""
         step = call.round.first_step
         self._refuse_if_broken(step)
         refuse_aborted(call.info.run, self._aborted)
-        self._aborted.difference_update(call.ended_runs)
         interpreter = self._interpreter
         assert interpreter is not None
         self._note_progress("waiting for what its own stage reads", step)
         with self._failing(call.info.run):
             with interrupts_deferred():  # once one worker has its part of a round, all must have theirs
-                for run in call.ended_runs:
-                    self._forget(run)
+                told = self._told_already(call)
                 self._begin(call.info.run)
                 for rank, connection in self._connections():
-                    if call.round.ops[rank]:
+                    if call.round.ops[rank] and rank not in told:
                         self._dispatch(rank, connection, call)
+                self._ended = ()
                 interpreter.post(call.task(0))
+                if call.following is not None:
+                    self._announce(call.following)
             interpreter.compute(call.task(0))
+
+    def end_runs(self, runs: tuple[int, ...]) -> None:
+        """The workers hear of it with the next round, but a failure in what is left of them is of no
+        interest from now on."""
+        with interrupts_deferred():
+            if self._announcement is not None and self._announcement.call.info.run in runs:
+                with suppress(WorkerLostError, RuntimeError):  # whoever asks it for something next is told
+                    self._end_announced()
+            self._ended += runs
+            self._aborted.difference_update(runs)
+            for run in runs:
+                self._forget(run)
 
     def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
         self._refuse_if_broken(step)
@@ -292,6 +345,7 @@ class RemoteExecutor:
         if run not in self._runs:
             return
         self._runs.discard(run)
+        self._unforeseen.discard(run)
         for _, connection in self._connections():
             connection.end_run(self._session, run)
         assert self._interpreter is not None
@@ -308,7 +362,7 @@ class RemoteExecutor:
                 info=call.info,
                 ops=call.round.ops[rank],
                 inputs=items,
-                ended_runs=call.ended_runs,
+                ended_runs=self._ended,
             )
         )
         assert self._transport is not None
@@ -324,7 +378,7 @@ class RemoteExecutor:
         last = self._last_inputs.setdefault((rank, call.info.run, call.info.channel), {})
         for name in needed:
             tensor = call.tensors[name]
-            version = -1 if tensor.is_inference() else tensor._version
+            version = version_of(tensor)
             if version >= 0 and name in last and last[name][0] is tensor and last[name][1] == version:
                 yield KeptInput(name)
             elif tensor.device.type == "cpu" and (
@@ -334,6 +388,45 @@ class RemoteExecutor:
             else:
                 yield TransferredInput(name, tensor_spec(tensor))
             last[name] = (tensor, version)
+
+    # -- the round after this one --
+
+    def _announce(self, call: RoundCall) -> None:
+        """Tell the workers that can of the next round: they do their part of it while the noise scheduler is
+        at work here."""
+        if call.info.run in self._unforeseen:
+            return
+        self._announcement = announce(call, self._needed[call.info.key], self._rank_stages)
+        if self._announcement is not None:
+            for rank, connection in self._connections():
+                if rank in self._announcement.ranks:
+                    self._dispatch(rank, connection, call)
+
+    def _told_already(self, call: RoundCall) -> frozenset[int]:
+        """The ranks that the round has been announced to. If something else was announced, it is over."""
+        announcement = self._announcement
+        if announcement is None:
+            return frozenset()
+        if announcement.came_true(call):
+            self._announcement = None
+            return announcement.ranks
+        self._unforeseen.add(announcement.call.info.run)
+        self._end_announced()
+        return frozenset()
+
+    def _end_announced(self) -> None:
+        """What was announced does not happen, or in another way: all take part in its transfers, for those
+        that were told may have computed it."""
+        announcement, self._announcement = self._announcement, None
+        if announcement is None or self._interpreter is None:
+            return
+        call = announcement.call
+        for rank, connection in self._connections():
+            if call.round.ops[rank] and rank not in announcement.ranks and not connection.is_gone:
+                connection.send(
+                    RoundMessage(self._session, call.info, call.round.ops[rank], inputs=(), is_void=True)
+                )
+        self._interpreter.skip_round(call.task(0), self._lost)
 
     # -- what goes wrong --
 
@@ -385,6 +478,8 @@ class RemoteExecutor:
                     self._broken = self._broken or error
         assert self._interpreter is not None
         self._interpreter.settle(self._lost)
+        with suppress(WorkerLostError, RuntimeError):  # a transport that broke is given up as a whole
+            self._end_announced()
         self._forget(run)
         self._aborted.add(run)
 
@@ -402,11 +497,11 @@ class RemoteExecutor:
             connection.check(self._session, waited_s=waited_s, doing=self._doing)
 
     def _release_workers(self) -> None:
-        """A worker that failed in what was left of a sibling's rounds, when nobody waited for them any more,
-        waits for their run to be aborted, and what is asked of it now waits behind that."""
-        for sibling in self.siblings:
-            if sibling is not self:
-                sibling._abort_failed_run()
+        """A worker that failed in what was left of another user's rounds, when nobody waited for them any
+        more, waits for their run to be aborted, and what is asked of it now waits behind that."""
+        for executor in self._workers.users.executors:
+            if executor is not self:
+                executor._abort_failed_run()
 
     def _abort_failed_run(self) -> None:
         for _, connection in self._connections():
@@ -463,6 +558,10 @@ class RemoteExecutor:
             return []
         missing = {name for name, _ in named_tensors(module) if name not in self._held[0]}
         with interrupts_deferred():  # a second call could not fetch what the first one left behind
+            with suppress(WorkerLostError, RuntimeError):
+                self._end_announced()
+            for run in tuple(self._runs):
+                self._forget(run)  # a worker that fails in what is left of it still holds its weights
             for rank, connection in self._connections():
                 if missing:
                     missing -= self._fetch(rank, connection, module, missing & self._held.get(rank, set()))
@@ -530,7 +629,10 @@ class RemoteExecutor:
         if self._closed:
             return
         self._closed = True
-        with interrupts_deferred():
+        with interrupts_deferred(), self._workers.users.lock:
+            self._workers.users.executors.remove(self)
+            with suppress(WorkerLostError, RuntimeError):
+                self._end_announced()
             for _, connection in self._connections():
                 with suppress(WorkerError):  # it ended first
                     connection.send(CloseSession(self._session))

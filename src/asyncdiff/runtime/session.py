@@ -27,6 +27,7 @@ from asyncdiff.protocol.messages import (
     RoundMessage,
     TransferredInput,
 )
+from asyncdiff.runtime.allocator import keep_freed_memory, return_freed_memory
 from asyncdiff.runtime.executor import process_report
 from asyncdiff.runtime.interpreter import RoundTask, StageInterpreter
 from asyncdiff.runtime.link import Parcel, Pending, Stream
@@ -77,6 +78,8 @@ class WorkerSession:
             torch.set_num_threads(self._opening.threads)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        else:
+            keep_freed_memory()
         torch.empty(1, device=self._device)
         self._preloading.start()
 
@@ -104,6 +107,7 @@ class WorkerSession:
             self._transport.close()
         self._module = self._interpreter = self._replica = self._transport = None
         self._inputs.clear()
+        return_freed_memory()
 
     # -- requests --
 
@@ -134,11 +138,14 @@ class WorkerSession:
     def _install(self, message: InstallSkeleton) -> None:
         held = dict(named_tensors(self._module)) if self._module is not None and message.keeps_weights else {}
         held = {name: tensor for name, tensor in held.items() if tensor.device.type != "meta"}
+        with self._abort_noted:  # a run that is under way begins afresh, whatever became of its rounds so far
+            self._aborted.clear()
+        self._inputs.clear()
         self._module = self._replica = self._interpreter = None  # other weights need the room of these
         self._preloading.join()
         skeleton: Skeleton = message.skeleton
         self._module = load_skeleton(skeleton, held, self._device)
-        self._replica = StageReplica(self._module, device=self._device)
+        self._replica = StageReplica(self._module, device=self._device, compile_blocks=message.compile_blocks)
         assert self._transport is not None
         self._interpreter = StageInterpreter(
             self._opening.rank, message.rank_stages, self._replica, self._transport, self._device
@@ -168,6 +175,8 @@ class WorkerSession:
         assert self._interpreter is not None
         self._replica.prepare(message.key, message.spec)
         self._interpreter.wire(message.key, message.wiring)
+        for key in message.discarded:
+            self._interpreter.discard(key)
 
     def _collect(self, message: Collect) -> Any:
         assert self._interpreter is not None
@@ -183,7 +192,7 @@ class WorkerSession:
             self._forget(run)
         try:
             task = self._task(message)
-            if message.info.run in self._aborted:
+            if message.is_void or message.info.run in self._aborted:
                 interpreter.skip_round(task)
             else:
                 with torch.no_grad():

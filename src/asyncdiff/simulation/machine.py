@@ -25,17 +25,22 @@ class Machine:
 
     `device_speeds`: one per rank, 1.0 is the device on which the segment seconds were measured, 2.0 is twice
     as fast. `latency_s` and `bandwidth_bytes_per_s` are those of each link; every ordered pair of ranks has
-    its own, so links do not slow each other down. Raises `ConfigurationError` for speeds or bandwidths that
-    are not positive.
+    its own, so links do not slow each other down. `busy_speed`: what part of its speed a device keeps while
+    all others compute too (cores of one processor share memory and power); it counts in every round that does
+    not run in order, also for a device whose neighbours happen to wait. Raises `ConfigurationError` for
+    speeds or bandwidths that are not positive.
     """
 
     device_speeds: tuple[float, ...]
     latency_s: float = 0.0
     bandwidth_bytes_per_s: float = math.inf
+    busy_speed: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.device_speeds or any(not speed > 0 for speed in self.device_speeds):
             raise ConfigurationError(f"Device speeds must be positive, but {self.device_speeds} were given.")
+        if not 0 < self.busy_speed <= 1:
+            raise ConfigurationError(f"busy_speed must be above 0 and at most 1, but is {self.busy_speed}.")
         if not self.bandwidth_bytes_per_s > 0 or not self.latency_s >= 0:
             raise ConfigurationError(
                 f"A link needs a positive bandwidth and a latency of at least 0, but "

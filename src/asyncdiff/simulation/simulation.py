@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule.ops import Compute, Op, Predict, Recv, Send, SendPrediction, Value
@@ -20,15 +20,18 @@ def simulate(
     transfer_bytes: Mapping[tuple[int, int], float],
     prediction_bytes: float = 0.0,
     driver_seconds: float = 0.0,
+    latents_stages: Collection[int] | None = None,
 ) -> Timeline:
     """The timeline of one run of a valid schedule on a machine.
 
     `segment_seconds`: one per segment, on a device of speed 1. `transfer_bytes`: (producing segment, reading
     segment) -> bytes, as `crossing_bytes` gives them; pairs that are missing send nothing but a message of no
-    bytes. `driver_seconds`: the pipeline's own work after each prediction.
+    bytes. `driver_seconds`: the pipeline's own work after each prediction. `latents_stages`: the stages that
+    read what the driver makes of a prediction, None for all.
 
     A worker starts a round when the driver dispatches it, one latency after the driver has finished the step
-    before (the latents' own bytes are left out). Computations run in the order of the schedule, each as soon
+    before (the latents' own bytes are left out); one whose stage reads no latents is told of a round when the
+    one before is dispatched. Computations run in the order of the schedule, each as soon
     as what it reads has arrived; transfers begin when the value is complete, overlap with everything but
     other transfers from the same rank to the same rank, and receives only hold up the computation that needs
     them. Raises `ConfigurationError` where the machine's devices or the seconds do not match the schedule.
@@ -41,7 +44,13 @@ def simulate(
         raise ConfigurationError(
             f"The schedule has {schedule.num_segments} segments, but seconds for {len(segment_seconds)}."
         )
-    run = _Run(schedule, machine, tuple(segment_seconds), transfer_bytes, prediction_bytes, driver_seconds)
+    waiting = [
+        latents_stages is None or schedule.stage_of_rank(rank) in latents_stages
+        for rank in range(schedule.num_workers)
+    ]
+    run = _Run(
+        schedule, machine, tuple(segment_seconds), transfer_bytes, prediction_bytes, driver_seconds, waiting
+    )
     return run.finish()
 
 
@@ -56,6 +65,7 @@ class _Run:
         transfer_bytes: Mapping[tuple[int, int], float],
         prediction_bytes: float,
         driver_seconds: float,
+        waits_for_driver: Sequence[bool],
     ) -> None:
         self.schedule = schedule
         self.machine = machine
@@ -63,9 +73,11 @@ class _Run:
         self.transfer_bytes = transfer_bytes
         self.prediction_bytes = prediction_bytes
         self.driver_seconds = driver_seconds
+        self.waits_for_driver = waits_for_driver
         self.readers = _reading_segments(schedule)
         self.clock = [0.0] * schedule.num_workers
-        self.dispatched_s = 0.0
+        self.dispatched_s = self.dispatched_before_s = 0.0
+        self.speed_in_round = 1.0
         self.link_free_s: dict[tuple[int, int], float] = {}
         self.available_s: dict[tuple[Value, int], float] = {}  # when a rank has a value
         self.prediction_s: dict[int, float] = {}  # when the driver has the prediction for a step
@@ -75,8 +87,9 @@ class _Run:
 
     def finish(self) -> Timeline:
         for round_ in self.schedule.rounds:
+            self.speed_in_round = 1.0 if round_.in_order else self.machine.busy_speed
             self._play_round([deque(ops) for ops in round_.ops])
-            self.dispatched_s = self.clock[0]
+            self.dispatched_before_s, self.dispatched_s = self.dispatched_s, self.clock[0]
         spans = tuple(sorted(self.spans, key=lambda span: (span.start_s, span.rank)))
         return Timeline(spans, max(self.clock), tuple(self.step_seconds))
 
@@ -109,10 +122,12 @@ class _Run:
         foreign = [term.value for read in op.reads for term in read.terms]
         if any((value, rank) not in self.available_s for value in foreign):
             return False
-        dispatched_s = self.dispatched_s + (self.machine.latency_s if rank else 0.0)
+        dispatched_s = self.dispatched_s if self.waits_for_driver[rank] else self.dispatched_before_s
+        dispatched_s += self.machine.latency_s if rank else 0.0
         arrived_s = max((self.available_s[value, rank] for value in foreign), default=0.0)
         start_s = self._wait_until(rank, max(dispatched_s, arrived_s), str(op.value))
-        seconds = self.segment_seconds[op.segment] / self.machine.device_speeds[rank]
+        speed = self.machine.device_speeds[rank] * self.speed_in_round
+        seconds = self.segment_seconds[op.segment] / speed
         self._occupy(rank, f"C{op.segment} step {op.step}", start_s + seconds, COMPUTE)
         if op.segment == self.schedule.num_segments - 1 and rank == 0:
             self.prediction_s[op.step] = self.clock[0]

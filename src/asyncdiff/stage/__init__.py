@@ -3,8 +3,8 @@
 `stage_spec` says what a stage does (pure, small, picklable); `StageReplica` does it.
 """
 
-from asyncdiff.stage.planning import stage_spec
+from asyncdiff.stage.planning import output_spec, stage_spec
 from asyncdiff.stage.replica import StageReplica
 from asyncdiff.stage.spec import OutputSpec, StageSpec
 
-__all__ = ["OutputSpec", "StageReplica", "StageSpec", "stage_spec"]
+__all__ = ["OutputSpec", "StageReplica", "StageSpec", "output_spec", "stage_spec"]

@@ -1,4 +1,5 @@
-"""Modules that were compiled on the live denoiser are compiled on its stages too."""
+"""Compiled modules of a stage: those that were compiled on the live denoiser, and blocks where that is asked
+for."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from asyncdiff.weights.attachments import COMPILE_OPTIONS
+
+_MOST_KINDS = 64
 
 
 class CompiledForward:
@@ -30,6 +33,18 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._eager(*args, **kwargs) if self.is_cut else self._compiled(*args, **kwargs)
+
+
+def compile_block(module: nn.Module) -> CompiledForward:
+    """Compile a module that was not.
+
+    Blocks of one class share their code, and torch gives up on code that it has compiled a few times: a U-Net
+    has more kinds of one block than that.
+    """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_KINDS)
+    forward = vars(module)["forward"] = CompiledForward(module, {})
+    return forward
 
 
 def compile_again(module: nn.Module) -> dict[str, CompiledForward]:

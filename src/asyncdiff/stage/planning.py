@@ -87,7 +87,7 @@ class _Planner:
             emits=self.emits,
             tensors=self._names(self._tensors()),
             used_tensors=self._names(self._used_tensors()),
-            output=_output_spec(self.recording),
+            output=output_spec(self.recording),
             returns_output=self.returns_output,
         )
 
@@ -217,7 +217,8 @@ def _made_in(recording: Recording, flow: Provenance, value: int, home: int) -> b
     return maker >= 0 and flow.home[maker] == home
 
 
-def _output_spec(recording: Recording) -> OutputSpec:
+def output_spec(recording: Recording) -> OutputSpec:
+    """What the recorded forward returned."""
     root = recording.calls[0]
     assert root.structure is not None
     return OutputSpec(root.structure, tuple(leaf.spec or Constant(leaf.constant) for leaf in root.outputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from asyncdiff.graph import Atom, TensorSpec
-from asyncdiff.stage.compiled import compile_again
-from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Received, Run, StageSpec, Stub
+from asyncdiff.stage.compiled import compile_again, compile_block
+from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Own, Received, Run, StageSpec, Stub
 from asyncdiff.trace.tensors import MakePlaceholder, zero_placeholder
 from asyncdiff.trace.torch_private import tree_flatten, tree_unflatten
 
@@ -26,7 +26,7 @@ class StageReplica:
 
     Nothing happens until `prepare`; `remove` takes every stub out again. `device` is where placeholders and
     placeholder inputs are made. `forward` is the denoiser's own forward where `module.forward` has been
-    replaced.
+    replaced. `compile_blocks`: run the stage's own blocks through `torch.compile`.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class StageReplica:
         device: torch.device | str = "cpu",
         forward: Callable[..., Any] | None = None,
         placeholder: MakePlaceholder = zero_placeholder,
+        compile_blocks: bool = False,
     ) -> None:
         self.module = module
         self.device = torch.device(device)
@@ -43,6 +44,7 @@ class StageReplica:
         self._specs: dict[Hashable, StageSpec] = {}
         self._stubs: dict[str, StubForward] = {}
         self._compiled = compile_again(module)
+        self._compile_blocks = compile_blocks
         self._pass = _Pass(_PlaceholderPool(self.device, placeholder))
 
     def prepare(self, key: Hashable, spec: StageSpec) -> None:
@@ -50,16 +52,36 @@ class StageReplica:
         side."""
         self.discard(key)
         self._specs[key] = spec
+        if self._compile_blocks:
+            self._compile(spec)
         for path, actions in spec.actions:
+            if all(map(_is_plain, actions)) and self._is_within_compiled(path):
+                continue
             if path not in self._stubs:
                 self._stubs[path] = _install(self.module.get_submodule(path), path, self._pass)
             self._stubs[path].actions[key] = actions
         for path, compiled in self._compiled.items():
             compiled.is_cut = any(stub.startswith(path + ".") for stub in self._stubs)
 
+    def _compile(self, spec: StageSpec) -> None:
+        """The largest modules that run as a whole on this stage, unless they, what they are in or what is in
+        them is compiled already."""
+        acting = {path for path, actions in spec.actions if not all(map(_is_plain, actions))}
+        for path, actions in spec.actions:
+            if any(isinstance(action, Own) for action in actions):
+                largest = path if path in acting else _largest_without(acting, path, self.module)
+                if not any(
+                    _contains(largest, other) or _contains(other, largest) for other in self._compiled
+                ):
+                    self._compiled[largest] = compile_block(self.module.get_submodule(largest))
+
+    def _is_within_compiled(self, path: str) -> bool:
+        return any(_contains(compiled, path) and compiled != path for compiled in self._compiled)
+
     def discard(self, key: Hashable) -> None:
         """Forgets one input structure; nothing happens if it is not there."""
-        self._specs.pop(key, None)
+        if self._specs.pop(key, None) is not None:
+            self._pass.placeholders.clear()  # perhaps of no other's shapes; those that are, are made again
         for stub in self._stubs.values():
             stub.actions.pop(key, None)
 
@@ -109,6 +131,30 @@ class StageReplica:
         self._compiled.clear()
         self._specs.clear()
         self._pass.placeholders.clear()
+
+
+def _is_plain(action: Action) -> bool:
+    """Whether the module only runs its own forward."""
+    return isinstance(action, Run) or (isinstance(action, Own) and not action.captures and not action.is_last)
+
+
+def _contains(path: str, other: str) -> bool:
+    """Whether a module is another or holds it."""
+    return (other + ".").startswith(path + ".")
+
+
+def _largest_without(acting: Collection[str], path: str, root: nn.Module) -> str:
+    """The largest module around `path`, the root excepted, in which none of `acting` is."""
+    largest, parts = path, path.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        around = ".".join(parts[:length])
+        if any(_contains(around, other) for other in acting):
+            break
+        if not isinstance(
+            root.get_submodule(around), nn.ModuleList | nn.ModuleDict
+        ):  # these are never called
+            largest = around
+    return largest
 
 
 class _StageDone(BaseException):

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
-
 from asyncdiff.tiny.registry import TINY_PIPELINES
 from asyncdiff.tiny.stand_in import TinyPipeline
 
@@ -44,6 +42,8 @@ class SchedulerCase:
     def build(self) -> Any:
         """The stand-in with this noise scheduler, made as users make it: from the configuration of the one
         before."""
+        import diffusers
+
         pipe = self.stand_in.build()
         scheduler = getattr(diffusers, self.scheduler)
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **self.options)

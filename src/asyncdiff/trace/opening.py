@@ -361,7 +361,17 @@ def _graph(recording: Recording, flow: Provenance, seconds: Mapping[BlockKey, fl
             for tensor in recording.tensors
             if not any(path in paths for name in tensor.names for path in paths_above(name))
         ),
+        glue_seconds=_glue_seconds(root.key, blocks, seconds or {}),
+        latents=recording.latents,
     )
+
+
+def _glue_seconds(root: BlockKey, blocks: Sequence[Block], seconds: Mapping[BlockKey, float]) -> float | None:
+    """What the whole forward takes longer than its blocks, where all of that was measured."""
+    inside = [block.seconds for block in blocks if block.seconds is not None]
+    if root not in seconds or len(inside) < len(blocks):
+        return None
+    return max(0.0, seconds[root] - sum(inside))
 
 
 def _block(recording: Recording, flow: Provenance, position: int, seconds: Mapping[BlockKey, float]) -> Block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ def empty_tensor(spec: TensorSpec, device: torch.device | str) -> torch.Tensor:
     return torch.empty_strided(spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device=device)
 
 
+@lru_cache(maxsize=4096)
 def dense_spec(spec: TensorSpec) -> TensorSpec:
     """The spec of a copy: the same strides where they fill a piece of memory without gaps, else row-major
     ones.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 
-from asyncdiff.bench.architectures import image_transformers, other_unets, stable_diffusion
+from asyncdiff.bench.architectures import hidream, image_transformers, other_unets, stable_diffusion
 from asyncdiff.bench.architectures import video as video_transformers
 from asyncdiff.bench.architectures.architecture import Architecture, build_denoiser, image, text
 from asyncdiff.bench.architectures.loop import DenoisingLoop
@@ -21,6 +21,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         stable_diffusion.ARCHITECTURES,
         stable_diffusion.LATER,
         image_transformers.ARCHITECTURES,
+        hidream.ARCHITECTURES,
         video_transformers.ARCHITECTURES,
         other_unets.ARCHITECTURES,
     )

@@ -26,7 +26,10 @@ class Architecture:
     """`name`: that of the tiny stand-in in `asyncdiff.tiny`, where there is one. `config`: the checkpoint's
     own (`unet/config.json`, `transformer/config.json`), where it is not the class's default. `height`,
     `width`, `batch`: usual ones; a batch of two is guidance in one call. `noise_scheduler`: where one call a
-    step, its output taken as it is, makes the loop (`asyncdiff bench step` runs these), else None.
+    step, its output taken as it is, makes the loop (`asyncdiff bench step` runs these), else None. `prepare`:
+    what is done to the denoiser so that values do not decide what it computes. `timestep_divisor`: what
+    pipelines divide the noise scheduler's timestep by for this denoiser. `picture_channels`: how many of the
+    latents' last channels, along `channel_dim`, are a picture that stays as it is beside the noise.
     """
 
     name: str
@@ -42,6 +45,10 @@ class Architecture:
     noise_scheduler: str | None = None
     latents_name: str = "hidden_states"
     timestep_name: str = "timestep"
+    timestep_divisor: int = 1
+    picture_channels: int = 0
+    channel_dim: int = 1
+    prepare: Callable[[nn.Module], None] | None = None
 
     def latents(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """One sample of noise, without the batch of guidance."""
@@ -71,6 +78,8 @@ def build_denoiser(
             denoiser: nn.Module = getattr(diffusers, architecture.class_name)(**architecture.config)
     finally:
         torch.set_default_dtype(before)
+    if architecture.prepare is not None:
+        architecture.prepare(denoiser)
     return nn.Module.to(denoiser, dtype).eval()  # diffusers' own warns of a conversion with nothing to lose
 
 

@@ -108,7 +108,7 @@ _FLUX = text(
 ARCHITECTURES = (
     Architecture(
         "flux", "FLUX.1 dev", "FluxTransformer2DModel", packed_image(64), _FLUX, {"guidance_embeds": True},
-        noise_scheduler=_FLOW,
+        noise_scheduler=_FLOW, timestep_divisor=1000,
     ),
     Architecture(
         "flux2", "FLUX.2 dev", "Flux2Transformer2DModel", packed_image(128),
@@ -116,7 +116,7 @@ ARCHITECTURES = (
             512, 15360,
             guidance=vector(), img_ids=_image_ids(4, batched=True), txt_ids=_ids(512, 4, batched=True),
         ),
-        noise_scheduler=_FLOW,
+        noise_scheduler=_FLOW, timestep_divisor=1000,
     ),
     Architecture(
         "pixart-sigma", "PixArt-Sigma", "PixArtTransformer2DModel", image(4),
@@ -144,7 +144,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "aura-flow", "AuraFlow", "AuraFlowTransformer2DModel", image(4), text(256, 2048), batch=2,
-        noise_scheduler=_FLOW,
+        noise_scheduler=_FLOW, timestep_divisor=1000,
     ),
     Architecture(
         "chroma", "Chroma", "ChromaTransformer2DModel", packed_image(64),

@@ -134,11 +134,14 @@ def _unet(
     noise_scheduler: str | None = "DDIMScheduler",
     height: int = 1024,
     width: int = 1024,
+    picture_channels: int = 0,
+    channel_dim: int = 1,
 ) -> Architecture:
     """A U-Net with guidance in one call."""
     return Architecture(
         name, title, class_name, latent_shape, conditions, config, height, width, batch=2,
         component="unet", noise_scheduler=noise_scheduler, latents_name="sample",
+        picture_channels=picture_channels, channel_dim=channel_dim,
     )  # fmt: skip
 
 
@@ -153,7 +156,7 @@ ARCHITECTURES = (
     _unet("sdxl", "Stable Diffusion XL", image(4), _sdxl_text, _SDXL),
     _unet(
         "sdxl-inpainting", "Stable Diffusion XL inpainting", image(9), _sdxl_text, _SDXL | {"in_channels": 9},
-        noise_scheduler=None,
+        picture_channels=5,
     ),
     _unet(
         "controlnet-sd15", "Stable Diffusion 1.5 with ControlNet", image(4), _sd15_controlnet, _SD15,
@@ -167,7 +170,8 @@ ARCHITECTURES = (
     _unet(
         "svd", "Stable Video Diffusion, 25 frames", video(8, 25, frames_first=True),
         text(1, 1024, added_time_ids=vector(3)), _SVD,
-        class_name="UNetSpatioTemporalConditionModel", noise_scheduler=None, height=576, width=1024,
+        class_name="UNetSpatioTemporalConditionModel", height=576, width=1024,
+        picture_channels=4, channel_dim=2,
     ),
     _unet(
         "animatediff", "AnimateDiff, 16 frames", video(4, 16), _animatediff_text, _ANIMATEDIFF,

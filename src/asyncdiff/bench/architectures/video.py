@@ -71,7 +71,7 @@ def _ltx(latents: torch.Tensor) -> dict[str, Any]:
 ARCHITECTURES = (
     Architecture(
         "wan-2.1", "Wan 2.1 14B, 81 frames", "WanTransformer3DModel", video(16, 21), text(512, 4096),
-        height=480, width=832,
+        height=480, width=832, noise_scheduler="FlowMatchEulerDiscreteScheduler",
     ),
     # Two of the same shape, one for the noisy steps, one for the others.
     Architecture(

@@ -1,0 +1,124 @@
+"""What a benchmark runs: an architecture with random weights in a loop of its own, or a real pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from asyncdiff.bench.architectures import DenoisingLoop, architecture_named, build_denoiser
+from asyncdiff.bench.loading import load_pipeline
+from asyncdiff.bench.timed_run import StepEnds, TimedRun
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.pipeline.denoiser import denoisers_of
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An architecture's name (`arch`) or a hub id, folder or "demo" (`model`); the other is None.
+
+    `size`: height and width in pixels, None for a pipeline's own. `dtype`: a torch name, or "auto" with a
+    model. `prompt`: for a model.
+    """
+
+    arch: str | None
+    model: str | None
+    size: int | None
+    dtype: str
+    prompt: str = ""
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        parts = [str(self.arch or self.model)]
+        if self.size is not None:
+            parts.append(f"{self.size} px")
+        return ", ".join([*parts, self.dtype if self.dtype != "auto" else "the default dtype"])
+
+
+class Subject(Protocol):
+    """A loaded workload on `device`. `pipe`: what `parallelize` takes. `example`: a call for
+    `asyncdiff.plan`."""
+
+    device: torch.device
+    pipe: Any
+    example: dict[str, Any]
+
+    def call(self, num_steps: int, on_step_end: Callable[[], None]) -> None:
+        """Generate once."""
+
+
+class _LoopSubject:
+    def __init__(self, workload: Workload, device: str) -> None:
+        assert workload.arch is not None
+        assert workload.size is not None
+        architecture, dtype = architecture_named(workload.arch), getattr(torch, workload.dtype)
+        denoiser = build_denoiser(architecture, dtype)
+        self.device = torch.device(device)
+        self.pipe: Any = DenoisingLoop(architecture, denoiser, workload.size, dtype).to(device)
+        self.example = {"num_steps": 2}
+
+    def call(self, num_steps: int, on_step_end: Callable[[], None]) -> None:
+        self.pipe(num_steps, lambda step: on_step_end())
+
+
+class _PipelineSubject:
+    def __init__(self, workload: Workload, device: str) -> None:
+        from asyncdiff.demo import GUIDANCE_SCALE
+
+        is_demo = workload.model == DEMO
+        self.device = torch.device(device)
+        self.pipe: Any = load_pipeline(None if is_demo else workload.model, workload.dtype, device)
+        self.example: dict[str, Any] = {"prompt": workload.prompt}
+        if workload.size is not None:
+            self.example |= {"height": workload.size, "width": workload.size}
+        if is_demo:
+            self.example["guidance_scale"] = GUIDANCE_SCALE
+        self._check()
+
+    def call(self, num_steps: int, on_step_end: Callable[[], None]) -> None:
+        def ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step_end()
+            return tensors
+
+        self.pipe(
+            **self.example,
+            num_inference_steps=num_steps,
+            generator=torch.Generator("cpu").manual_seed(0),  # the same on every kind of device
+            callback_on_step_end=ended,
+        )
+
+    def _check(self) -> None:
+        needed = {*self.example, "num_inference_steps", "callback_on_step_end"}
+        missing = sorted(needed - set(inspect.signature(self.pipe.__call__).parameters))
+        if missing:
+            raise ConfigurationError(
+                f"`asyncdiff bench --model` calls a pipeline with {', '.join(sorted(needed))}, but "
+                f"{type(self.pipe).__name__} does not take {', '.join(missing)}. Use --arch instead."
+            )
+
+
+def load(workload: Workload, device: str) -> Subject:
+    """Build or load it on `device`; `ConfigurationError` where it cannot be benchmarked."""
+    return _LoopSubject(workload, device) if workload.arch is not None else _PipelineSubject(workload, device)
+
+
+def run_timed(subject: Subject, num_steps: int) -> TimedRun:
+    """One call and its step ends."""
+    ends = StepEnds(subject.device)
+    subject.call(num_steps, ends.mark)
+    return ends.finish()
+
+
+def denoiser_bytes(subject: Subject) -> int:
+    """Bytes of all parameters of the denoiser, or of all denoisers; while they are whole."""
+    return sum(
+        parameter.nbytes
+        for denoiser in denoisers_of(subject.pipe).values()
+        for parameter in denoiser.parameters()
+    )

@@ -1,0 +1,452 @@
+"""`asyncdiff plan`: what every way to use some devices would bring, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from asyncdiff.cli import arguments
+from asyncdiff.cli.arguments import Dtype, Forecast
+from asyncdiff.config import Settings
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.planner import Candidate, Objective, Plan, choose_candidate, list_candidates
+from asyncdiff.simulation import Machine
+
+if TYPE_CHECKING:
+    from asyncdiff.bench.progress import Progress
+    from asyncdiff.cli.plan_subject import Request
+    from asyncdiff.pipeline.examination import Examination
+
+_LINK = "Link between devices"
+_TIMES = "Times"
+_OBJECTIVE = "What to choose"
+_DEFAULT_MACHINE = "pcie4"
+_DEFAULT_ARCH = "sd21"
+
+
+def plan(
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", help=f"Denoiser, by name: sd15, sd21, sdxl, sd3 ... ({_DEFAULT_ARCH})."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="ID|FOLDER", help="Instead: that of this pipeline.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", metavar="PIXELS", help="Height and width of the picture.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")] = "auto",
+    steps: Annotated[int, typer.Option("--steps", help="Steps of the run.")] = 50,
+    devices: arguments.DevicesOption = None,
+    speeds: Annotated[
+        str | None,
+        typer.Option(
+            "--speeds",
+            metavar="LIST",
+            help="Of each device, 1 for one like the first: 1,0.5. By default equal.",
+        ),
+    ] = None,
+    machine: Annotated[
+        Literal["nvlink", "pcie4", "pcie3", "10gbe"] | None,
+        typer.Option("--machine", rich_help_panel=_LINK, help=f"Usual figures ({_DEFAULT_MACHINE})."),
+    ] = None,
+    latency_us: Annotated[
+        float | None,
+        typer.Option("--latency-us", metavar="US", rich_help_panel=_LINK, help="Of a small message."),
+    ] = None,
+    bandwidth_gbs: Annotated[
+        float | None,
+        typer.Option("--bandwidth-gbs", metavar="GB/S", rich_help_panel=_LINK, help="Gigabytes per second."),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", rich_help_panel=_LINK, help="Measure it between the devices of --devices."),
+    ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            rich_help_panel=_TIMES,
+            help="Time every block on the first device instead of estimating; needs room for all weights.",
+        ),
+    ] = False,
+    times: Annotated[
+        Path | None,
+        typer.Option(
+            "--times",
+            metavar="FILE",
+            rich_help_panel=_TIMES,
+            help="Milliseconds of blocks by name, or what --json wrote with --profile (on another machine).",
+        ),
+    ] = None,
+    warmup_steps: Annotated[
+        str,
+        typer.Option(
+            "--warmup-steps",
+            metavar="LIST",
+            help="Steps run in order first: 1, or several to compare: 1,3,5.",
+        ),
+    ] = "1",
+    time_shift: arguments.TimeShiftOption = False,
+    forecast: arguments.ForecastOption = "linear",
+    max_staleness: Annotated[
+        int | None,
+        typer.Option(
+            "--max-staleness",
+            metavar="STEPS",
+            rich_help_panel=_OBJECTIVE,
+            help="The fastest whose predictions rest on latents no older than that.",
+        ),
+    ] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--max-memory",
+            metavar="GB",
+            rich_help_panel=_OBJECTIVE,
+            help="The fastest with no more of the denoiser's weights on any device.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Write the chosen plan for parallelize(plan=...)."
+        ),
+    ] = None,
+    json_file: arguments.JsonOption = None,
+    debug: arguments.DebugOption = False,
+) -> None:
+    """Predict time, memory, traffic and staleness of every way to use some devices, and choose one."""
+    arguments.check_size("--size", size)
+    arguments.check_at_least("--steps", steps, 1)
+    arguments.check_writable("-o", output, (".json",))
+    arguments.check_writable("--json", json_file, (".json",))
+    arguments.check_at_least("--max-staleness", max_staleness, 0)
+    _check_positive("--max-memory", max_memory)
+    if arch is not None and model is not None:
+        raise ConfigurationError(f"--arch {arch} and --model {model} were given: leave one of them out.")
+    if model is not None:
+        arguments.check_model(model)
+    asked = None if devices is None else arguments.parse_devices(devices)
+    given_speeds = None if speeds is None else _parse_speeds(speeds, asked)
+    link = _Link(machine, latency_us, bandwidth_gbs, measure)
+    link.check()
+    if profile and times is not None:
+        raise ConfigurationError("--profile measures what --times gives: leave one of them out.")
+    block_times = None if times is None else _read_times(times)
+    warmups = _parse_warmups(warmup_steps)
+    objective = Objective(max_staleness, None if max_memory is None else max_memory * 1e9)
+
+    from asyncdiff.cli.console import progress, quiet_libraries
+    from asyncdiff.cli.plan_subject import Request
+
+    request = Request(arch or (None if model else _DEFAULT_ARCH), model, size, dtype)
+    names = _device_names(asked, on_this_machine=profile or measure)
+    if given_speeds is not None and len(given_speeds) != len(names):
+        raise ConfigurationError(f"--speeds {speeds}: {len(names)} devices need {len(names)} speeds.")
+    quiet_libraries()
+    with progress("Starting") as report:
+        basis = _basis(request, names, given_speeds, block_times, profile=profile, report=report)
+        device_speeds = basis.speeds or (1.0,) * len(names)
+        described = link.machine(device_speeds, names, report)
+        report("Comparing", 0, 0)
+        wish = _Wish(names, time_shift, forecast, objective)
+        candidates = list_candidates(
+            lambda num_stages, stride: wish.plan(basis, num_stages, stride), described, steps, warmups
+        )
+    chosen = choose_candidate(candidates, objective)
+    if output is not None:
+        chosen.plan.save(output)
+    if json_file is not None:
+        content = _to_json(request, basis, described, steps, candidates, chosen)
+        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _show(request, basis, link, described, steps, candidates, chosen, objective)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Milliseconds of blocks by name, and of the pipeline's own work per step where it is known."""
+
+    block_ms: dict[str, float]
+    driver_ms: float | None
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What plans are made from. `source`: where the seconds come from, for people."""
+
+    examination: Examination
+    source: str
+    threads: int | None
+    speeds: tuple[float, ...] | None
+    seconds: dict[Any, float] | None = None
+    driver_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What is common to all candidates."""
+
+    names: Sequence[str]
+    time_shift: bool
+    forecast: Forecast
+    objective: Objective
+
+    def plan(self, basis: _Basis, num_stages: int, stride: int) -> Plan:
+        """The best plan within the memory limit, else the best without."""
+        settings = Settings(num_stages, stride, 1, self.time_shift, self.forecast)
+
+        def make(max_weight_bytes: float) -> Plan:
+            count = settings.num_workers
+            return basis.examination.plan_with(
+                settings,
+                self.names[:count],
+                threads_per_device=basis.threads,
+                seconds=basis.seconds,
+                driver_seconds=basis.driver_seconds,
+                speeds=None if basis.speeds is None else basis.speeds[:count],
+                max_weight_bytes=max_weight_bytes,
+            )
+
+        limit = self.objective.max_memory_bytes
+        if limit is not None and num_stages > 1:
+            try:
+                return make(limit)
+            except ConfigurationError:
+                pass  # shown all the same, as what it is
+        return make(math.inf)
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What was said about the link."""
+
+    preset: str | None
+    latency_us: float | None
+    bandwidth_gbs: float | None
+    measure: bool
+
+    def check(self) -> None:
+        if self.latency_us is not None and not 0 <= self.latency_us < math.inf:
+            raise ConfigurationError(f"--latency-us {self.latency_us:g}: must be 0 or more.")
+        _check_positive("--bandwidth-gbs", self.bandwidth_gbs)
+        if self.measure and (self.preset, self.latency_us, self.bandwidth_gbs) != (None, None, None):
+            raise ConfigurationError(
+                "--measure measures the link: leave --machine, --latency-us and --bandwidth-gbs out."
+            )
+
+    def machine(self, speeds: tuple[float, ...], names: Sequence[str], report: Progress) -> Machine:
+        """The machine to predict for; the slowest of its links where several are measured."""
+        if self.measure and len(names) > 1:
+            from asyncdiff.bench.link import measure_links
+
+            report("Measuring the link", 0, 0)
+            links = measure_links(names)
+            latency_s = max(link.latency_s for link in links)
+            return Machine(speeds, latency_s, min(link.bandwidth_bytes_per_s for link in links))
+        usual = replace(Machine.preset(self.preset or _DEFAULT_MACHINE, len(speeds)), device_speeds=speeds)
+        if self.latency_us is not None:
+            usual = replace(usual, latency_s=self.latency_us / 1e6)
+        if self.bandwidth_gbs is not None:
+            usual = replace(usual, bandwidth_bytes_per_s=self.bandwidth_gbs * 1e9)
+        return usual
+
+    @property
+    def title(self) -> str:
+        if self.measure:
+            return "measured"
+        is_by_hand = self.latency_us is not None and self.bandwidth_gbs is not None
+        return "as given" if is_by_hand else self.preset or _DEFAULT_MACHINE
+
+
+def _basis(
+    request: Request,
+    names: Sequence[str],
+    speeds: tuple[float, ...] | None,
+    times: _Times | None,
+    *,
+    profile: bool,
+    report: Progress,
+) -> _Basis:
+    from asyncdiff.cli import plan_subject
+
+    threads = plan_subject.threads_per_device(names)
+    if profile:
+        examination, measured = plan_subject.measure(request, names, threads, report)
+        return _Basis(
+            examination,
+            f"measured on {names[0]}",
+            threads,
+            speeds or measured.speeds,
+            dict(measured.profile.block_seconds),
+            measured.profile.driver_seconds,
+        )
+    examination = plan_subject.look_at(request, names[0], report)
+    if times is None:
+        source = "estimated from FLOPs and bytes: compare them, do not believe them (--profile measures)"
+        return _Basis(examination, source, threads, speeds)
+    seconds = plan_subject.given_seconds(examination, times.block_ms, names[0])
+    driver_seconds = None if times.driver_ms is None else times.driver_ms / 1e3
+    return _Basis(examination, "as given", threads, speeds, seconds, driver_seconds)
+
+
+def _device_names(asked: int | tuple[str, ...] | None, *, on_this_machine: bool) -> list[str]:
+    """The devices' names; devices that are not here can be planned for, but not measured."""
+    from asyncdiff.cli.devices import resolve_devices
+
+    if on_this_machine or asked is None:
+        return resolve_devices(asked)
+    if isinstance(asked, int):
+        import torch
+
+        return [f"cuda:{i}" if torch.cuda.is_available() else "cpu" for i in range(asked)]
+    return list(asked)
+
+
+def _check_positive(option: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigurationError(f"{option} {value:g}: must be above 0.")
+
+
+def _parse_speeds(text: str, devices: int | tuple[str, ...] | None) -> tuple[float, ...]:
+    try:
+        speeds = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        speeds = ()
+    if not speeds or not all(0 < speed < math.inf for speed in speeds):
+        raise ConfigurationError(
+            f"--speeds {text}: must be numbers above 0, separated by commas, such as 1,0.5."
+        )
+    count = devices if isinstance(devices, int) or devices is None else len(devices)
+    if count is not None and len(speeds) != count:
+        raise ConfigurationError(f"--speeds {text}: {count} devices need {count} speeds.")
+    return speeds
+
+
+def _parse_warmups(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ConfigurationError(
+            f"--warmup-steps {text}: must be 1 or more, or several such numbers separated by commas."
+        )
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _read_times(path: Path) -> _Times:
+    """`{"conv_in": 1.5, ...}`, or an object with such a one as `block_ms`; `ConfigurationError` else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--times {path}: cannot be read as JSON ({error}).") from error
+    is_ours = isinstance(content, dict) and "block_ms" in content
+    block_ms = content["block_ms"] if is_ours else content
+    driver_ms = content.get("driver_ms") if is_ours else None
+    if not isinstance(block_ms, dict) or not block_ms or not all(map(_is_duration, block_ms.values())):
+        raise ConfigurationError(
+            f"--times {path}: must be an object of block names and milliseconds, or what --json wrote with "
+            "--profile."
+        )
+    if driver_ms is not None and not _is_duration(driver_ms):
+        raise ConfigurationError(f"--times {path}: driver_ms must be milliseconds, not {driver_ms!r}.")
+    return _Times({name: float(value) for name, value in block_ms.items()}, driver_ms)
+
+
+def _is_duration(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _to_json(
+    request: Request,
+    basis: _Basis,
+    machine: Machine,
+    steps: int,
+    candidates: Sequence[Candidate],
+    chosen: Candidate,
+) -> dict[str, Any]:
+    block_ms = {str(key): 1e3 * seconds for key, seconds in (basis.seconds or {}).items()}
+    driver_ms = None if basis.driver_seconds is None else 1e3 * basis.driver_seconds
+    return {
+        "arch": request.arch,
+        "model": request.model,
+        "size": request.size,
+        "dtype": str(basis.examination.dtype).removeprefix("torch."),
+        "steps": steps,
+        "times": basis.source,
+        "device_speeds": list(machine.device_speeds),
+        "latency_s": machine.latency_s,
+        "bandwidth_bytes_per_s": machine.bandwidth_bytes_per_s,
+        "candidates": [_candidate_json(each, is_chosen=each is chosen) for each in candidates],
+        **({"block_ms": block_ms} if block_ms else {}),
+        "driver_ms": driver_ms,
+    }
+
+
+def _candidate_json(candidate: Candidate, *, is_chosen: bool) -> dict[str, Any]:
+    plan = candidate.plan
+    return {
+        "num_stages": plan.num_stages,
+        "stride": plan.stride,
+        "warmup_steps": plan.warmup_steps,
+        "kind": plan.kind,
+        "devices": list(plan.devices),
+        "total_s": candidate.total_s,
+        "speedup": candidate.speedup,
+        "weight_bytes": list(candidate.weight_bytes),
+        "bytes_per_step": candidate.bytes_per_step,
+        "staleness": candidate.staleness,
+        "read_staleness": candidate.read_staleness,
+        "is_chosen": is_chosen,
+    }
+
+
+def _show(
+    request: Request,
+    basis: _Basis,
+    link: _Link,
+    machine: Machine,
+    steps: int,
+    candidates: Sequence[Candidate],
+    chosen: Candidate,
+    objective: Objective,
+) -> None:
+    from asyncdiff.bench.command import show_table
+
+    heads = (
+        "", "stages", "stride", "warm-up", "devices", f"{steps} steps", "speed-up", "weights per device",
+        "sent per step", "staleness", "split",
+    )  # fmt: skip
+    dtype = str(basis.examination.dtype).removeprefix("torch.")
+    rows = [_row(each, is_chosen=each is chosen, objective=objective) for each in candidates]
+    show_table(f"{request.title}, {dtype}", heads, rows)
+    bandwidth = machine.bandwidth_bytes_per_s / 1e9
+    typer.echo(f"Times: {basis.source}.")
+    typer.echo(f"Link: {link.title}, {machine.latency_s * 1e6:.0f} us, {bandwidth:.3g} GB/s.")
+    if len(set(machine.device_speeds)) > 1:
+        typer.echo(f"Speeds: {', '.join(f'{speed:.3g}' for speed in machine.device_speeds)}.")
+
+
+def _row(candidate: Candidate, *, is_chosen: bool, objective: Objective) -> tuple[str, ...]:
+    plan = candidate.plan
+    is_alone = plan.num_workers == 1
+    largest = max(candidate.weight_bytes)
+    too_large = "" if objective.is_small_enough(candidate) else " !"
+    too_stale = "" if objective.is_fresh_enough(candidate) else " !"
+    return (
+        "->" if is_chosen else "",
+        "in order" if is_alone else str(plan.num_stages),
+        "" if is_alone else str(plan.stride),
+        "" if is_alone else str(plan.warmup_steps),
+        str(plan.num_workers),
+        f"{candidate.total_s:.3g} s",
+        f"{candidate.speedup:.2f}x",
+        (f"{largest / 1e9:.2f} GB" if largest >= 1e8 else f"{largest / 1e6:.2f} MB") + too_large,
+        f"{candidate.bytes_per_step / 1e6:.2f} MB",
+        f"{candidate.staleness}{too_stale}",
+        "" if is_alone else plan.kind,
+    )

@@ -1,0 +1,143 @@
+"""What `asyncdiff plan` plans for: an architecture or a model, looked at without weights or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from asyncdiff.bench.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    DenoisingLoop,
+    architecture_named,
+    build_denoiser,
+)
+from asyncdiff.bench.loading import load_pipeline
+from asyncdiff.bench.progress import Progress
+from asyncdiff.cli.arguments import Dtype
+from asyncdiff.graph import BlockKey
+from asyncdiff.pipeline.denoiser import denoisers_of, replaced_forward
+from asyncdiff.pipeline.devices import Placement
+from asyncdiff.pipeline.examination import Examination, examine, examine_pipeline, example_inputs
+from asyncdiff.pipeline.profiling import Profile, profile_blocks, profile_pipeline
+from asyncdiff.pipeline.weightless import load_without_weights
+from asyncdiff.profile import relative_speeds
+from asyncdiff.trace import Inputs, flatten_inputs
+
+
+@dataclass(frozen=True)
+class Request:
+    """An architecture's name or a model's id or folder; the other is None. `size`: pixels, None for its
+    own."""
+
+    arch: str | None
+    model: str | None
+    size: int | None
+    dtype: Dtype
+
+    @property
+    def title(self) -> str:
+        size = "" if self.size is None else f", {self.size} px"
+        return f"{self.arch or self.model}{size}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """On the first device; `speeds`: of the devices, None where they are of one kind."""
+
+    profile: Profile
+    speeds: tuple[float, ...] | None
+
+
+def torch_dtype(dtype: Dtype, device: str) -> torch.dtype:
+    """The dtype that is meant: float16, on a CPU float32, where it is left open."""
+    if dtype == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def look_at(request: Request, device: str, report: Progress) -> Examination:
+    """Record a denoiser call without any weights; `ConfigurationError` where that is not enough."""
+    dtype = torch_dtype(request.dtype, device)
+    report("Looking at the denoiser", 0, 0)
+    if request.arch is not None:
+        architecture = _architecture(request)
+        denoiser = build_denoiser(architecture, dtype, weightless=True)
+        inputs = flatten_inputs(type(denoiser).forward, (), architecture.inputs(dtype))
+        return examine(denoiser, inputs, weights_at_hand=False)
+    assert request.model is not None
+    pipe = load_without_weights(str(Path(request.model).expanduser()), dtype)
+    return examine_pipeline(pipe, weights_at_hand=False, size=request.size)
+
+
+def measure(
+    request: Request, devices: Sequence[str], threads: int | None, report: Progress
+) -> tuple[Examination, Measured]:
+    """Load it (an architecture: with random weights) on the first device, and time it there."""
+    device = torch.device(devices[0])
+    if request.arch is not None:
+        report("Building the denoiser", 0, 0)
+        architecture, dtype = _architecture(request), torch_dtype(request.dtype, devices[0])
+        denoiser = build_denoiser(architecture, dtype).to(device)
+        moved = send_to_device(architecture.inputs(dtype), device)
+        inputs = flatten_inputs(type(denoiser).forward, (), moved)
+        pipe: Any = None
+        call: Mapping[str, Any] = {"num_steps": 10}
+        if architecture.noise_scheduler is not None:
+            pipe = DenoisingLoop(architecture, denoiser, request.size or architecture.height, dtype).to(
+                str(device)
+            )
+    else:
+        assert request.model is not None
+        report("Loading the model", 0, 0)
+        pipe = load_pipeline(request.model, request.dtype, devices[0])
+        denoiser = next(iter(denoisers_of(pipe).values()))
+        call, inputs = example_inputs(pipe, request.size)
+    examination = examine(denoiser, inputs, weights_at_hand=True)
+    report("Timing the blocks", 0, 0)
+    profile = _profile(pipe, denoiser, call, inputs, examination, device, threads)
+    with replaced_forward(denoiser, None):
+        speeds = relative_speeds(denoiser, examination.weights, inputs, devices, threads)
+    return examination, Measured(profile, speeds)
+
+
+def _profile(
+    pipe: Any,
+    denoiser: nn.Module,
+    call: Mapping[str, Any],
+    inputs: Inputs,
+    examination: Examination,
+    device: torch.device,
+    threads: int | None,
+) -> Profile:
+    recording = examination.recording
+    if pipe is None:  # an architecture whose loop is not one denoiser call per step
+        return Profile(profile_blocks(denoiser, inputs, recording, device, threads), 0.0)
+    modules = [denoiser, *(each for each in denoisers_of(pipe).values() if each is not denoiser)]
+    return profile_pipeline(pipe, modules, call, inputs, recording, device, threads)
+
+
+def given_seconds(
+    examination: Examination, block_ms: Mapping[str, float], device: str
+) -> dict[BlockKey, float]:
+    """Seconds of every call from a file's milliseconds of some; `ConfigurationError` for unknown names."""
+    given = {name: milliseconds / 1e3 for name, milliseconds in block_ms.items()}
+    return examination.complete_seconds(given, torch.device(device).type)
+
+
+def _architecture(request: Request) -> Architecture:
+    assert request.arch is not None
+    found = ARCHITECTURES.get(request.arch) or architecture_named(request.arch)
+    return found if request.size is None else replace(found, height=request.size, width=request.size)
+
+
+def threads_per_device(devices: Sequence[str]) -> int | None:
+    """What every CPU device computes with, so that candidates of fewer devices are compared on equal ones."""
+    return Placement("spawn", tuple(devices), len(devices)).threads_per_device

@@ -1,0 +1,153 @@
+"""Every way to use a number of devices, what each is predicted to bring, and which to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.planner.plan import Plan
+from asyncdiff.planner.timing import schedule_of, simulate
+from asyncdiff.schedule import staleness
+from asyncdiff.simulation import Machine
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and what a run of it is predicted to be.
+
+    `total_s`: of a run on the machine it was predicted for. `speedup`: over one device that does everything
+    in order. `staleness`: the most steps by which a prediction is older than the latents it rests on;
+    `read_staleness`: the same of the states that the predicting stage reads. `bytes_per_step`: what all
+    devices send in a steady step, states and predictions.
+    """
+
+    plan: Plan
+    total_s: float
+    speedup: float
+    staleness: int
+    read_staleness: int
+    bytes_per_step: float
+
+    @property
+    def num_devices(self) -> int:
+        return self.plan.num_workers
+
+    @property
+    def weight_bytes(self) -> tuple[int, ...]:
+        """What each stage's device holds of the denoiser's weights."""
+        assert self.plan.predictions is not None
+        return self.plan.predictions.parameter_bytes
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The fastest of those within the limits: `max_staleness` in steps, `max_memory_bytes` of weights per
+    device; None for any."""
+
+    max_staleness: int | None = None
+    max_memory_bytes: float | None = None
+
+    def allows(self, candidate: Candidate) -> bool:
+        return self.is_fresh_enough(candidate) and self.is_small_enough(candidate)
+
+    def is_fresh_enough(self, candidate: Candidate) -> bool:
+        return self.max_staleness is None or candidate.staleness <= self.max_staleness
+
+    def is_small_enough(self, candidate: Candidate) -> bool:
+        return self.max_memory_bytes is None or max(candidate.weight_bytes) <= self.max_memory_bytes
+
+
+def list_candidates(
+    make_plan: Callable[[int, int], Plan], machine: Machine, num_steps: int, warmup_steps: Sequence[int]
+) -> tuple[Candidate, ...]:
+    """Every number of stages and stride that takes at most the machine's devices, with each warm-up.
+
+    `make_plan(num_stages, stride)`: the best plan for the first `num_stages + stride - 1` devices, or
+    `ConfigurationError` where there is none (too few blocks), which leaves it out. The first candidate is the
+    whole denoiser on the first device, in order, which every other is compared with.
+    """
+    in_order = make_plan(1, 1)
+    in_order_s = _seconds(in_order, machine, num_steps)
+    found = [_candidate(in_order, in_order_s, in_order_s, num_steps)]
+    for num_stages, stride in _divisions(len(machine.device_speeds), num_steps):
+        try:
+            plan = make_plan(num_stages, stride)
+        except ConfigurationError:
+            continue
+        for number in warmup_steps:
+            warmed = replace(plan, warmup_steps=number)
+            total_s = _seconds(warmed, machine, num_steps)
+            found.append(_candidate(warmed, total_s, in_order_s, num_steps))
+    return tuple(found)
+
+
+def choose_candidate(candidates: Iterable[Candidate], objective: Objective) -> Candidate:
+    """The fastest within the objective's limits; of equally fast ones, the one with the fewest devices.
+
+    `ConfigurationError` saying what is least possible, where nothing is within them.
+    """
+    everything = tuple(candidates)
+    allowed = [candidate for candidate in everything if objective.allows(candidate)]
+    if not allowed:
+        raise ConfigurationError(_nothing_allowed(everything, objective))
+    return min(allowed, key=lambda each: (each.total_s, each.num_devices, each.plan.warmup_steps))
+
+
+def _divisions(num_devices: int, num_steps: int) -> list[tuple[int, int]]:
+    """(number of stages, stride) that take at least two devices: by devices, then most stages first."""
+    return [
+        (count - stride + 1, stride)
+        for count in range(2, num_devices + 1)
+        for stride in range(1, min(count, num_steps) + 1)
+    ]
+
+
+def _seconds(plan: Plan, machine: Machine, num_steps: int) -> float:
+    count = plan.num_workers
+    used = replace(
+        machine,
+        device_speeds=machine.device_speeds[:count],
+        busy_speed=machine.busy_speed if count > 1 else 1.0,
+    )
+    return simulate(plan, used, num_steps=num_steps).total_s
+
+
+def _candidate(plan: Plan, total_s: float, in_order_s: float, num_steps: int) -> Candidate:
+    ages = staleness(schedule_of(plan, num_steps))
+    return Candidate(
+        plan=plan,
+        total_s=total_s,
+        speedup=in_order_s / total_s,
+        staleness=max(step.latents for step in ages),
+        read_staleness=max(step.largest_read for step in ages),
+        bytes_per_step=bytes_per_step(plan),
+    )
+
+
+def bytes_per_step(plan: Plan) -> float:
+    """What all devices send in a steady step: the states that cross, and the predictions that the driver does
+    not make itself."""
+    predictions = plan.predictions
+    assert predictions is not None
+    driver_predicts = plan.kind == "nested" or plan.num_stages == 1
+    sent = plan.stride - 1 if driver_predicts else plan.stride
+    return predictions.crossing_bytes_per_step + predictions.prediction_bytes * sent / plan.stride
+
+
+def _nothing_allowed(candidates: Sequence[Candidate], objective: Objective) -> str:
+    limits, least = [], []
+    if objective.max_staleness is not None:
+        limits.append(f"staleness {objective.max_staleness}")
+        least.append(f"the least staleness is {min(each.staleness for each in candidates)}")
+    if objective.max_memory_bytes is not None:
+        limits.append(f"{objective.max_memory_bytes / 1e9:g} GB of weights per device")
+        smallest = min(candidates, key=lambda each: max(each.weight_bytes))
+        least.append(
+            f"the least memory is {max(smallest.weight_bytes) / 1e9:.3g} GB (N={smallest.plan.num_stages}, "
+            f"staleness {smallest.staleness})"
+        )
+    return (
+        f"Nothing keeps within {' and '.join(limits)} on these devices: {', '.join(least)}. Allow more, or "
+        "plan for more devices."
+    )

@@ -1,0 +1,44 @@
+"""What can be benchmarked, and what one call of it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asyncdiff.bench.workload import DEMO, Workload, denoiser_bytes, load, run_timed
+from asyncdiff.demo import DEMO_MODEL
+from asyncdiff.errors import AsyncDiffError, ConfigurationError
+from asyncdiff.tiny import TINY_PIPELINES
+
+
+@pytest.mark.parametrize("model", [DEMO, str(DEMO_MODEL)])
+def test_bundled_pipeline_is_called_with_so_many_steps(model: str) -> None:
+    subject = load(Workload(None, model, None, "float32", "a red circle"), "cpu")
+    assert denoiser_bytes(subject) == sum(p.nbytes for p in subject.pipe.unet.parameters()) > 10**6
+    run = run_timed(subject, 4)
+    assert len(run.step_ends) == 4
+    assert 0 < run.step_ends[0] < run.step_ends[-1] < run.seconds  # the autoencoder comes after the last step
+
+
+def test_loop_is_called_with_so_many_steps() -> None:
+    subject = load(Workload("demo", None, 64, "float32"), "cpu")
+    run = run_timed(subject, 3)
+    assert len(run.step_ends) == 3
+    assert run.step_ends[-1] <= run.seconds
+
+
+def test_pipeline_that_takes_no_prompt_is_refused(tmp_path: Path) -> None:
+    TINY_PIPELINES["svd"].build().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"StableVideoDiffusionPipeline does not take prompt"):
+        load(Workload(None, str(tmp_path), None, "float32", "a red circle"), "cpu")
+
+
+def test_missing_model_is_named() -> None:
+    with pytest.raises(AsyncDiffError, match="Cannot load --model nobody/nothing: "):
+        load(Workload(None, "nobody/nothing", None, "float32"), "cpu")
+
+
+def test_title_says_what_it_is() -> None:
+    assert Workload("sdxl", None, 256, "bfloat16").title == "sdxl, 256 px, bfloat16"
+    assert Workload(None, "me/model", None, "auto").title == "me/model, the default dtype"

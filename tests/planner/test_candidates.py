@@ -1,0 +1,115 @@
+"""All ways to use some devices, with times and limits worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+from graphs import make_graph
+
+from asyncdiff.config import Settings
+from asyncdiff.errors import ConfigurationError
+from asyncdiff.planner import Candidate, Objective, Plan, choose_candidate, list_candidates, make_plan
+from asyncdiff.planner.candidates import bytes_per_step
+from asyncdiff.simulation import Machine
+
+# Four blocks of 3 s in a row, 10 bytes of weights each; 4 bytes from one to the next.
+GRAPH = make_graph([3.0] * 4, [[], [0], [1], [2]], [3], [1] * 4)
+
+
+def make(num_stages: int, stride: int) -> Plan:
+    settings = Settings(num_stages, stride)
+    return make_plan(GRAPH, settings, ["cpu"] * settings.num_workers, driver_seconds=0.0)
+
+
+def on(
+    num_devices: int, num_steps: int = 10, warmups: tuple[int, ...] = (1,), **link: float
+) -> tuple[Candidate, ...]:
+    return list_candidates(make, Machine((1.0,) * num_devices, **link), num_steps, warmups)
+
+
+def found(candidates: tuple[Candidate, ...]) -> dict[tuple[int, int, int], Candidate]:
+    return {(c.plan.num_stages, c.plan.stride, c.plan.warmup_steps): c for c in candidates}
+
+
+def test_times_are_those_of_the_method() -> None:
+    """12 s a step in order. Two stages: w of these, then 6 s each; S copies: 12 s a round of S steps."""
+    by_division = found(on(3, num_steps=13, warmups=(1, 3)))
+    assert by_division[1, 1, 1].total_s == 13 * 12
+    for w in (1, 3):
+        assert by_division[2, 1, w].total_s == w * 12 + (13 - w) * 6
+        assert by_division[1, 2, w].total_s == w * 12 + (13 - w) / 2 * 12
+    assert by_division[1, 3, 1].total_s == 12 + 4 * 12
+    assert by_division[2, 2, 1].total_s == 12 + 6 * 6
+    assert by_division[2, 1, 1].speedup == pytest.approx(13 * 12 / (12 + 12 * 6))
+
+
+def test_ages_are_those_of_the_method() -> None:
+    by_division = found(on(4))
+    assert {key[:2]: each.staleness for key, each in by_division.items() if key[1] == 1} == {
+        (1, 1): 0, (2, 1): 1, (3, 1): 2, (4, 1): 3,
+    }  # fmt: skip
+    # N=2, S=2: the second step of round b reads H0 of round b - 2.
+    assert (by_division[2, 2, 1].staleness, by_division[2, 2, 1].read_staleness) == (3, 3)
+    assert (by_division[1, 2, 1].staleness, by_division[1, 2, 1].read_staleness) == (1, 0)
+
+
+def test_a_way_that_needs_more_blocks_than_there_are_is_left_out() -> None:
+    assert max(each.plan.num_stages for each in on(6)) == 4
+
+
+def test_devices_are_taken_in_order_and_weights_are_per_device() -> None:
+    candidates = list_candidates(make, Machine((1.0, 0.5, 0.5)), 10, (1,))
+    assert found(candidates)[1, 1, 1].total_s == 120.0
+    assert found(candidates)[2, 1, 1].total_s == 6 + 12 + 9 * 12.0  # cut as if they were equal
+    assert found(candidates)[2, 1, 1].weight_bytes == (20, 20)
+    assert found(candidates)[1, 2, 1].weight_bytes == (40,)
+
+
+def test_machine_s_slow_neighbours_do_not_slow_one_device_alone() -> None:
+    by_division = found(on(2, busy_speed=0.5))
+    assert by_division[1, 1, 1].total_s == 120.0
+    assert by_division[2, 1, 1].total_s == 12 + 9 * 12.0
+
+
+def test_traffic_counts_predictions_that_are_not_the_driver_s() -> None:
+    """4 bytes of state to each copy of the last stage and 4 of prediction from each, per round."""
+    graph = make_graph([3.0] * 4, [[], [0], [1], [2]], [3], [1] * 4)
+    object.__setattr__(graph, "outputs", (graph.blocks[-1].outputs[0],))
+
+    def sent(num_stages: int, stride: int, kind: str) -> float:
+        return bytes_per_step(make_plan(graph, Settings(num_stages, stride), ["cpu"], kind=kind))
+
+    assert sent(1, 1, "chain") == 0
+    assert sent(1, 3, "chain") == pytest.approx(2 * 4 / 3)
+    assert sent(2, 1, "chain") == 8
+    assert sent(2, 2, "chain") == (2 * 4 + 2 * 4) / 2
+    assert sent(2, 1, "nested") == 8  # to the inner stage and back
+
+
+def test_fastest_within_the_limits_is_chosen() -> None:
+    candidates = on(4, num_steps=50)
+    by_division = found(candidates)
+
+    def choice(**limits: float) -> tuple[int, int]:
+        plan = choose_candidate(candidates, Objective(**limits)).plan
+        return plan.num_stages, plan.stride
+
+    fastest = min(candidates, key=lambda each: each.total_s)
+    assert choice() == (fastest.plan.num_stages, fastest.plan.stride)
+    assert choice(max_staleness=0) == (1, 1)
+    assert by_division[*choice(max_staleness=1), 1].staleness == 1
+    assert choice(max_memory_bytes=10) == (4, 1)
+    assert choice(max_memory_bytes=39, max_staleness=1) == (2, 1)
+
+
+def test_of_equally_fast_ones_fewer_devices_are_taken() -> None:
+    """Nothing is faster than in order where all steps are warm-up."""
+    assert choose_candidate(on(3, num_steps=2, warmups=(2,)), Objective()).num_devices == 1
+
+
+def test_what_is_least_possible_is_said() -> None:
+    with pytest.raises(ConfigurationError, match=r"within 1e-09 GB .*: the least memory is 1e-08 GB \(N=4"):
+        choose_candidate(on(4), Objective(max_memory_bytes=1))
+    with pytest.raises(
+        ConfigurationError, match=r"within staleness 0 and 2e-08 GB .*the least staleness is 0"
+    ):
+        choose_candidate(on(2), Objective(max_staleness=0, max_memory_bytes=20))
