@@ -47,6 +47,13 @@ benchmarks: $(INSTALLED)
 		--json docs/benchmarks/run-sdxl.json --csv docs/benchmarks/run-sdxl.csv --html docs/benchmarks/run-sdxl.html
 	$(BIN)/asyncdiff bench --arch sd3 --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 12 \
 		--json docs/benchmarks/run-sd3.json --csv docs/benchmarks/run-sd3.csv --html docs/benchmarks/run-sd3.html
+	$(BIN)/python -m asyncdiff.bench.exchange --json docs/benchmarks/exchange.json
+	$(BIN)/python -m asyncdiff.bench.start_up --arch sdxl --size 64 --dtype bfloat16 --json docs/benchmarks/start-up.json
+	$(BIN)/python -m asyncdiff.bench.many_runs --json docs/benchmarks/many-runs.json
+	$(BIN)/python -m asyncdiff.bench.traffic --json docs/benchmarks/traffic.json
+	$(BIN)/python -m asyncdiff.bench.unequal --arch sd21 --size 256 --speed 0.5 --json docs/benchmarks/unequal.json
+	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --dtype bfloat16 --devices 2 --steps 30 \
+		--json docs/benchmarks/prediction-sd21.json
 	$(BIN)/python -m asyncdiff.bench.noise_schedulers quality docs/noise-schedulers.md \
 		--json docs/benchmarks/noise-schedulers.json
 	$(BIN)/python -m asyncdiff.bench.readme README.md --demo docs/benchmarks/demo.json \

@@ -1,4 +1,4 @@
-"""What is prepared for an input whose values steer the denoiser is not kept for ever."""
+"""What is prepared for a resolution, or for a value that steers the denoiser, is not kept for ever."""
 
 from __future__ import annotations
 
@@ -58,6 +58,22 @@ def test_as_many_as_the_limit_says_and_one_that_was_dropped_comes_back(
         for replica in executor._replicas.values():
             assert replica._specs.keys() == kept
             assert all(stub.actions.keys() <= kept for stub in replica._stubs.values())
+
+
+def test_of_many_resolutions_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "_MAX_STRUCTURES", LIMIT)
+    family = TINY_PIPELINES["sd15"]
+    pipe = family.build()
+    sizes = [16, 32, 48, 16, 48]
+    expected = [generate(family, pipe, height=size, width=size) for size in sizes]
+    with asyncdiff.parallelize(pipe, num_stages=2, warmup_steps=99) as handle:
+        for size, alone in zip(sizes, expected, strict=True):
+            assert torch.equal(generate(family, pipe, height=size, width=size), alone)
+        (divided,) = handle._division.installations
+        assert isinstance(divided.executor, LocalExecutor)
+        kept = {analysis.number for analyses in divided._analyses.values() for analysis in analyses}
+        assert kept == {2, 3}, "the fourth is a new one, the fifth was there"
+        assert all(replica._specs.keys() == kept for replica in divided.executor._replicas.values())
 
 
 @pytest.mark.wide

@@ -61,6 +61,7 @@ _SHORT_RUN_MARGIN = 3
 # How many analyses of one input structure are kept, which differ in what steers the forward (a prompt's
 # mask). The calls of one step may each have one.
 _MAX_ANALYSES = 8
+_MAX_STRUCTURES = 32  # resolutions, batch sizes, ControlNet or none ...
 
 
 class DenoiserEntry:
@@ -315,8 +316,12 @@ class Installation:
     # -- structures ------------------------------------------------------------------------------------------
 
     def _analysis(self, inputs: Inputs) -> Analysis:
-        """Of the calls of a structure, the one that was longest not asked for makes room."""
-        known = self._analyses.setdefault(inputs.key(), [])
+        """What was longest not asked for makes room: of all structures, and of the calls of one."""
+        key = inputs.key()
+        known = self._analyses[key] = self._analyses.pop(key, [])  # the newest is last
+        while len(self._analyses) > _MAX_STRUCTURES:
+            oldest = self._analyses.pop(next(iter(self._analyses)))
+            self._retired.extend(analysis.number for analysis in oldest)
         for index, analysis in enumerate(known):
             if analysis.covers(inputs):
                 known.append(known.pop(index))
