@@ -16,10 +16,11 @@ import transformers
 from diffusers.utils import export_to_gif, export_to_video, load_image
 from PIL import Image, ImageFilter
 
+from asyncdiff.bench.loading import first_sentence
 from asyncdiff.cli import arguments
 from asyncdiff.cli.console import quiet_libraries
 from asyncdiff.cli.devices import resolve_devices
-from asyncdiff.cli.failures import BAD_USAGE, FAILED, first_sentence
+from asyncdiff.cli.failures import BAD_USAGE, FAILED
 from asyncdiff.demo.captions import DEMO_CAPTIONS, scene_of
 from asyncdiff.demo.drawing import draw
 from asyncdiff.errors import AsyncDiffError, ConfigurationError

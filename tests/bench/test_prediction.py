@@ -38,6 +38,20 @@ def test_neighbours_and_the_way_back_are_measured_once(
     assert measure_links(list(devices)) == tuple(pairs)
 
 
+def test_a_process_that_waits_for_the_other_ends_with_its_standard_input(tmp_path: Path) -> None:
+    """Who started it may be killed before the other one is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "asyncdiff.bench.link_process", "0", str(tmp_path), "cpu", "cpu"],
+        stdin=subprocess.PIPE,
+    )
+    try:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+
+
 def test_link_between_two_processes_is_measured() -> None:
     link = measure_link("cpu", "cpu")
     assert [size for size, _ in link.one_way_s] == [1_000, 64_000, 1_000_000, 4_000_000]

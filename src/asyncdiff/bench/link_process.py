@@ -7,8 +7,10 @@ folder as `rank-RANK.json`, and ends when its standard input does.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +26,8 @@ _UNTIMED_TRIPS, _TRIPS = 5, 30
 
 
 def main() -> None:
+    waiting = threading.Thread(target=_end_with_standard_input)
+    waiting.start()
     rank, folder, devices = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     device = torch.device(devices[rank])
     if device.type == "cuda":
@@ -35,8 +39,13 @@ def main() -> None:
     answer = folder / f"rank-{rank}.unfinished"
     answer.write_text(json.dumps({"backend": backend, "one_way_s": one_way_s}))
     answer.rename(answer.with_suffix(".json"))
-    sys.stdin.read()  # until the other one has got what was sent last
-    transport.close()
+    waiting.join()  # until the other one has got what was sent last
+
+
+def _end_with_standard_input() -> None:
+    """Wherever this process is stuck: whoever started it may have been killed."""
+    sys.stdin.read()
+    os._exit(0)
 
 
 def _one_way_seconds(transport: Transport, rank: int, device: torch.device, size: int) -> float:

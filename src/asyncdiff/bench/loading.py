@@ -30,12 +30,12 @@ def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
 
             pipe = DiffusionPipeline.from_pretrained(str(Path(model).expanduser()), dtype=torch_dtype)
     except (OSError, ValueError) as error:
-        raise AsyncDiffError(f"Cannot load --model {model or '(demo)'}: {_first_sentence(error)}") from error
+        raise AsyncDiffError(f"Cannot load --model {model or '(demo)'}: {first_sentence(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe if kind == "cpu" else pipe.to(device)
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """diffusers' and the hub's messages go on for a page, about stack traces that we do not show."""
     sentence = re.split(r"(?<=\.)\s", " ".join(str(error).split()), maxsplit=1)[0]
     return re.sub(r"^Cannot load model \S+: ", "", sentence)

@@ -216,6 +216,7 @@ class RemoteExecutor:
     ) -> None:
         self._end_announced()
         self._needed.clear()
+        self._last_inputs.clear()
         self._rank_stages = rank_stages
         for rank, connection in self._connections():
             connection.set_stage(self._session, rank_stages[rank])
