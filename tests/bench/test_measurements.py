@@ -29,6 +29,7 @@ def test_step_sends_what_the_graph_says_and_divides_the_weights(monkeypatch):
     assert len(values["resident_bytes"]) == 2
 
 
+@pytest.mark.wide
 @pytest.mark.timeout(300)
 def test_demo_in_order_throughout_is_the_same_picture():
     result = run_demo(["cpu", "cpu"], num_stages=2, warmup_steps=4, steps=4, runs=1)

@@ -46,7 +46,13 @@ def divided_from(folder: Path | str, devices: list[str] | None = None, **options
     return pipe
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(None, id="float32"),
+        pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.wide),
+    ],
+)
 def test_pictures_are_those_of_a_loaded_pipeline(folder: Path, dtype: torch.dtype | None) -> None:
     options = {} if dtype is None else {"dtype": dtype}
     pipe = loaded(folder, **options)

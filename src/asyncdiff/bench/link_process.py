@@ -26,7 +26,7 @@ _UNTIMED_TRIPS, _TRIPS = 5, 30
 
 
 def main() -> None:
-    waiting = threading.Thread(target=_end_with_standard_input)
+    waiting = threading.Thread(target=_end_with_standard_input, daemon=True)
     waiting.start()
     rank, folder, devices = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     device = torch.device(devices[rank])
