@@ -11,6 +11,7 @@ from asyncdiff.bench.timed_run import TimedRun
 from asyncdiff.pipeline import RunReport
 from asyncdiff.pipeline.report import DeviceRound
 from asyncdiff.planner import Plan
+from asyncdiff.planner.candidates import bytes_per_step
 from asyncdiff.simulation import COMPUTE
 
 
@@ -48,12 +49,7 @@ def median_ms_per_step(rounds: Sequence[SteadyRound], name: str, stride: int) ->
 
 def expected_bytes_per_step(plan: Plan, calls_per_step: int = 1) -> float:
     """What the graph says that must cross in a step of the steady state, states and predictions."""
-    assert plan.predictions is not None
-    # A prediction crosses unless the driver makes it: copy 0 of a nested split, or of a single stage.
-    driver_predicts = plan.kind == "nested" or plan.num_stages == 1
-    crossing = plan.stride - 1 if driver_predicts else plan.stride
-    predictions = plan.predictions.prediction_bytes * crossing / plan.stride
-    return calls_per_step * (plan.predictions.crossing_bytes_per_step + predictions)
+    return calls_per_step * bytes_per_step(plan)
 
 
 def calls_per_step(report: RunReport) -> int:

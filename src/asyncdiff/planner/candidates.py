@@ -127,7 +127,7 @@ def _candidate(plan: Plan, total_s: float, in_order_s: float, num_steps: int) ->
 
 def bytes_per_step(plan: Plan) -> float:
     """What all devices send in a steady step: the states that cross, and the predictions that the driver does
-    not make itself."""
+    not make itself (copy 0 of a nested split, or of a single stage, is the driver's)."""
     predictions = plan.predictions
     assert predictions is not None
     driver_predicts = plan.kind == "nested" or plan.num_stages == 1

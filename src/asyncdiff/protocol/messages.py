@@ -257,6 +257,7 @@ class RoundRecord:
     spans: tuple[tuple[str, str, float, float], ...]
 
     def is_of_same_round(self, other: RoundRecord) -> bool:
+        """Whether both tell of one round, which was run twice."""
         return (self.run, self.channel, self.first_step) == (other.run, other.channel, other.first_step)
 
 

@@ -6,7 +6,6 @@ CUDA tensors go through pinned host memory. Private torch APIs used here: `Proce
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,10 +14,7 @@ import torch.distributed as dist
 from asyncdiff.graph import TensorSpec
 from asyncdiff.runtime.link import Parcel, Pending, Stream
 from asyncdiff.runtime.packing import as_sendable, receive_buffer
-from asyncdiff.runtime.waiting import Waited, Waiter, Watch, watched
-
-# Liveness is watched over the control connections; the transport itself never gives up on a slow peer.
-_NO_TIMEOUT = timedelta(days=365)
+from asyncdiff.runtime.waiting import NO_TIMEOUT, Waited, Waiter, Watch, watched
 
 
 class GlooTransport:
@@ -38,7 +34,7 @@ class GlooTransport:
         self._watch = watch
         self._waiters: dict[tuple[str, int, Stream], Waiter] = {}
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = _NO_TIMEOUT
+        options._timeout = NO_TIMEOUT
         if local:
             options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         else:

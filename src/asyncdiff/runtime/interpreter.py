@@ -132,12 +132,7 @@ class StageInterpreter:
 
     def _note(self, record: RoundRecord) -> None:
         """A round that is run again replaces what was noted of it."""
-        last = self._records[-1] if self._records else None
-        if last and (last.run, last.channel, last.first_step) == (
-            record.run,
-            record.channel,
-            record.first_step,
-        ):
+        if self._records and self._records[-1].is_of_same_round(record):
             self._records.pop()
         self._records.append(record)
 

@@ -6,7 +6,6 @@ import itertools
 import time
 from collections import deque
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,8 @@ import torch.distributed as dist
 from asyncdiff.graph import TensorSpec
 from asyncdiff.runtime.link import Parcel, Pending
 from asyncdiff.runtime.packing import as_sendable, receive_buffer
-from asyncdiff.runtime.waiting import WATCH_INTERVAL_S, Watch, watched
+from asyncdiff.runtime.waiting import NO_TIMEOUT, WATCH_INTERVAL_S, Watch, watched
 
-_NO_TIMEOUT = timedelta(days=365)
 _POLL_INTERVAL_S = 2e-5
 
 
@@ -60,7 +58,7 @@ class NcclTransport:
 
     def _open(self, store: dist.Store, source: int, target: int) -> Any:
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = _NO_TIMEOUT
+        options._timeout = NO_TIMEOUT
         prefixed = dist.PrefixStore(f"{source}to{target}", store)
         return dist.ProcessGroupNCCL(prefixed, int(self._rank == target), 2, options)
 

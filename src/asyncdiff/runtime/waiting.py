@@ -5,8 +5,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
+# Liveness is watched over the control connections; a transport itself never gives up on a slow peer.
+NO_TIMEOUT = timedelta(days=365)
 WATCH_INTERVAL_S = 0.1
 
 Watch = Callable[[], None]
