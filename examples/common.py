@@ -178,7 +178,14 @@ def _parser(description: str | None, defaults: Defaults) -> _Parser:
 def _options(given: argparse.Namespace, defaults: Defaults) -> Options:
     """The options, everything checked that can be before a model is loaded."""
     split = arguments.check_split(
-        given.devices, given.stages, given.stride, given.warmup_steps, given.time_shift, "linear"
+        given.devices,
+        given.stages,
+        given.stride,
+        str(given.warmup_steps),
+        tolerance=None,
+        time_shift=given.time_shift,
+        forecast="linear",
+        freshness="auto",
     )
     for option, value in (("--height", given.height), ("--width", given.width)):
         if value is not None and (value <= 0 or value % defaults.size_divisor):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
 from asyncdiff.errors import ConfigurationError
 
-FORECASTS = ("linear", "none")
+FORECASTS = ("none", "linear", "damped")
+FRESHNESS = ("auto", "paper")
+AUTO = "auto"
+DEFAULT_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the numbers a run computes (docs/method.md, sections 1 to 5); checked when constructed.
+    """What decides the numbers a run computes (docs/method.md, sections 1 to 6); checked when constructed.
 
-    `num_stages` N, `stride` S and `warmup_steps` w are at least 1; `forecast` is `"linear"` or `"none"`
-    (the paper). Raises `ConfigurationError` for anything else.
+    `num_stages` N, `stride` S and `warmup_steps` w are at least 1; `forecast` is `"none"` (the paper),
+    `"linear"` or `"damped"`; `freshness` is `"auto"` (what arrives in time is read in the round that produces
+    it) or `"paper"` (everything is read one round late). `tolerance`: after warm-up too, steps run in order
+    while the relative error of the forecast is above it; None to never look. Raises `ConfigurationError` for
+    anything else.
     """
 
     num_stages: int
@@ -23,6 +30,8 @@ class Settings:
     warmup_steps: int = 1
     time_shift: bool = False
     forecast: str = "linear"
+    freshness: str = "auto"
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         check_count("num_stages", self.num_stages)
@@ -31,12 +40,42 @@ class Settings:
         if not isinstance(self.time_shift, bool):
             raise ConfigurationError(f"time_shift must be True or False, but {self.time_shift!r} was given.")
         if self.forecast not in FORECASTS:
-            raise ConfigurationError(f'forecast must be "linear" or "none", but {self.forecast!r} was given.')
+            raise ConfigurationError(
+                f'forecast must be "none", "linear" or "damped", but {self.forecast!r} was given.'
+            )
+        if self.freshness not in FRESHNESS:
+            raise ConfigurationError(
+                f'freshness must be "auto" or "paper", but {self.freshness!r} was given.'
+            )
+        if self.tolerance is not None and not _is_positive(self.tolerance):
+            raise ConfigurationError(f"tolerance must be a number above 0, but {self.tolerance!r} was given.")
 
     @property
     def num_workers(self) -> int:
         """Devices it takes: one per stage, and `stride` for the stage that predicts."""
         return self.num_stages + self.stride - 1
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def settle_warmup(warmup_steps: int | str, tolerance: float | None) -> tuple[int, float | None]:
+    """(steps of warm-up, tolerance) of `Settings`, for what a user gives: a number, or "auto" with or without
+    a tolerance. `ConfigurationError` for anything else.
+    """
+    if warmup_steps == AUTO:
+        return 1, DEFAULT_TOLERANCE if tolerance is None else tolerance
+    if tolerance is not None:
+        raise ConfigurationError(
+            f'tolerance={tolerance} goes with warmup_steps="auto", but warmup_steps={warmup_steps!r} was '
+            "given."
+        )
+    if isinstance(warmup_steps, str):
+        raise ConfigurationError(
+            f'warmup_steps must be an integer or "auto", but {warmup_steps!r} was given.'
+        )
+    return check_count("warmup_steps", warmup_steps), None
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:

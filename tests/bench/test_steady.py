@@ -25,7 +25,7 @@ def report(first_round: int, stride: int, num_steps: int, channels: int = 1) -> 
     for step in range(num_steps):
         begins = step < first_round or (step - first_round) % stride == 0
         busy = (DeviceRound(step + 1.0, 0.25, 0.125, 10), DeviceRound(0.5, 0.0, 0.0, 2))
-        steps.append(StepReport(step, 1.0, busy if begins else (NOTHING, NOTHING)))
+        steps.append(StepReport(step, 1.0, False, busy if begins else (NOTHING, NOTHING)))
     spans = [
         Span(rank, f"stage {rank} step {step}", 0.0, 1.0, COMPUTE)
         for rank in range(2)

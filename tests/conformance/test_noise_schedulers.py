@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from method_reference import Reference, input_scales
+from method_reference import Reference, input_scales, read_in_time
 
 import asyncdiff
 from asyncdiff.tiny import TINY_PIPELINES, TinyCall, TinyPipeline, generate
@@ -104,8 +104,9 @@ def check(
         handle.set(warmup_steps=W)
         stale = latents_of(stand_in, pipe, arguments)
         stages = [list(names) for names in handle.plan.stages]
+        fresh = read_in_time(handle.plan)
     assert not torch.equal(stale, alone)
-    settings = {"S": stride, "w": W, "time_shift": time_shift, **reference}
+    settings = {"S": stride, "w": W, "time_shift": time_shift, "fresh": fresh, **reference}
     assert torch.equal(stale, by_reference(stand_in, pipe, stages, arguments, **settings))
 
 
@@ -224,7 +225,9 @@ def test_noise_scheduler_is_replaced_and_the_number_of_steps_changes(stride: int
     assert torch.equal(latents[0], latents[-1])
     for (pipe.scheduler, steps), stale in zip(runs, latents, strict=True):
         given = {"num_inference_steps": steps}
-        assert torch.equal(stale, by_reference(stand_in, pipe, stages, given, S=stride, w=W))
+        fresh = read_in_time(handle.plan)
+        expected = by_reference(stand_in, pipe, stages, given, S=stride, w=W, fresh=fresh)
+        assert torch.equal(stale, expected)
 
 
 @pytest.mark.wide

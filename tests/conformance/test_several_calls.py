@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusion3PAGPipeline,
     StableDiffusionPAGPipeline,
 )
-from method_reference import Reference
+from method_reference import Reference, read_in_time
 from torch.utils._pytree import tree_flatten
 
 import asyncdiff
@@ -176,9 +176,10 @@ def by_reference(
 
 def parallelized(
     family: TinyPipeline, pipe: Any, num_stages: int, kind: str
-) -> tuple[torch.Tensor, list[list[str]]]:
+) -> tuple[torch.Tensor, list[list[str]], list[tuple[str, int, int]]]:
     with asyncdiff.parallelize(pipe, num_stages=num_stages, warmup_steps=W, partition=kind) as handle:
-        return generate(family, pipe, CALL), [list(names) for names in handle.plan.stages]
+        picture = generate(family, pipe, CALL)
+        return picture, [list(names) for names in handle.plan.stages], read_in_time(handle.plan)
 
 
 @pytest.mark.parametrize(("num_stages", "kind"), [(2, "chain"), (3, "chain"), (2, "nested")])
@@ -186,8 +187,8 @@ def parallelized(
 def test_every_kind_of_call_reads_its_own_states(name: str, num_stages: int, kind: str) -> None:
     family = (TWO_CALLS | SKIPPED_LAYERS | SECOND_ORDER)[name]
     pipe = family.build()
-    picture, stages = parallelized(family, pipe, num_stages, kind)
-    expected, calls = by_reference(family, pipe, stages, nested=kind == "nested", w=W)
+    picture, stages, fresh = parallelized(family, pipe, num_stages, kind)
+    expected, calls = by_reference(family, pipe, stages, nested=kind == "nested", w=W, fresh=fresh)
     assert len(calls.models) == family.calls_per_step or "for a while" in name
     assert torch.equal(picture, expected)
     assert not torch.equal(picture, generate(family, pipe, CALL))
@@ -197,8 +198,8 @@ def test_every_kind_of_call_reads_its_own_states(name: str, num_stages: int, kin
 def test_states_of_the_wrong_kind_would_show(name: str) -> None:
     family = TWO_CALLS[name]
     pipe = family.build()
-    picture, stages = parallelized(family, pipe, 2, "chain")
-    mixed_up, _ = by_reference(family, pipe, stages, mixed_up=True, w=W)
+    picture, stages, fresh = parallelized(family, pipe, 2, "chain")
+    mixed_up, _ = by_reference(family, pipe, stages, mixed_up=True, w=W, fresh=fresh)
     assert not torch.equal(picture, mixed_up)
 
 
@@ -211,7 +212,8 @@ def test_perturbed_attention_comes_and_goes_from_run_to_run(name: str) -> None:
     with asyncdiff.parallelize(pipe, num_stages=2, warmup_steps=W, partition="chain") as handle:
         pictures = [generate(each, pipe, CALL) for each in (family, plain, family)]
         stages = [list(names) for names in handle.plan.stages]
-    expected = [by_reference(each, pipe, stages, w=W)[0] for each in (family, plain)]
+        fresh = read_in_time(handle.plan)
+    expected = [by_reference(each, pipe, stages, w=W, fresh=fresh)[0] for each in (family, plain)]
     assert torch.equal(pictures[0], expected[0])
     assert torch.equal(pictures[1], expected[1])
     assert torch.equal(pictures[2], expected[0])

@@ -14,23 +14,27 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from asyncdiff.planner import Plan
 
 
 class Reference:
     """The forward of `denoiser` as N + S - 1 devices would give it. `stages[k]`: names of the blocks of stage
     k; `begin`: where in the noise scheduler's timesteps the run begins; `num_scaled`: how many of the input's
-    channels (None: all) the noise scheduler scales, in dim `channel_dim`."""
+    channels (None: all) the noise scheduler scales, in dim `channel_dim`; `fresh`: (block, leaf, reading
+    stage) of what is read in time; `damped`: the line's slope is multiplied by what the last changes tell."""
 
     def __init__(
         self, denoiser: nn.Module, noise_scheduler: Any, stages: list[list[str]], *, nested: bool = False,
         S: int = 1, w: int = 1, time_shift: bool = False, forecast: bool = True, begin: int = 0,
-        num_scaled: int | None = None, channel_dim: int = 1,
+        num_scaled: int | None = None, channel_dim: int = 1, fresh: Collection[tuple[str, int, int]] = (),
+        damped: bool = False,
     ) -> None:  # fmt: skip
         self.denoiser = denoiser
         self.forward = type(denoiser).forward.__get__(denoiser)
@@ -38,6 +42,8 @@ class Reference:
         self.stages, self.nested = stages, nested
         self.S, self.w, self.time_shift, self.forecast = S, w, time_shift, forecast
         self.begin, self.num_scaled, self.channel_dim = begin, num_scaled, channel_dim
+        self.fresh, self.damped = set(fresh), damped
+        self.changes: dict[tuple[str, int], dict[tuple[int, int], torch.Tensor]] = {}
         self.c_in: list[float] = []
         self.names = [name for names in stages for name in names]
         self.latents_name = next(iter(inspect.signature(self.forward).parameters))
@@ -62,33 +68,30 @@ class Reference:
         return self.predictions.pop(s)
 
     def run_round(self, b: int, sample: torch.Tensor, conditions: dict[str, Any]) -> None:
-        """Section 3 (chain) and section 6 (nested): all reads are of earlier rounds, but those of E."""
+        """Section 3 (chain) and section 6 (nested): all reads are of earlier rounds, but those of E and of
+        what is read in time. The stages run one after the other, so that the latter is there."""
         steps = range(b, min(b + self.S, len(self.noise_scheduler.timesteps) - self.begin))
+        last = b if self.forecast else steps[-1]
         produced: dict[str, Any] = {}
-        predicting = self.stages[0] if self.nested else self.stages[-1]
-        for q in steps:
-            E_and_Z, prediction = self.evaluate(
-                predicting,
-                self.scaled(sample, b, q),
-                self.timestep(q),
-                conditions,
-                lambda name, q=q: self.read(name, q),
-            )
-            self.predictions[q] = copy.deepcopy(prediction)
-            if self.nested:
-                produced = E_and_Z  # E of the last copy is the state of the round
-        last = steps[-1]
-        fresh = dict(produced)
-        for stage in self.stages[1:] if self.nested else self.stages[:-1]:
 
+        def run(own: list[str], segment: int, q: int) -> tuple[dict[str, Any], Any]:
             def foreign(name: str) -> Any:
-                return fresh[name] if name in fresh else self.read(name, last)
+                return E[name] if name in E else self.read_in_time(name, segment, b, q, produced)
 
-            values, _ = self.evaluate(
-                stage, self.scaled(sample, b, last), self.timestep(last), conditions, foreign
-            )
-            produced |= values
-        self.keep(b, produced)
+            return self.evaluate(own, self.scaled(sample, b, q), self.timestep(q), conditions, foreign)
+
+        E: dict[str, Any] = {}
+        if self.nested:  # of the copy that has the timestep of the inner stages
+            E, _ = self.evaluate(
+                self.stages[0], self.scaled(sample, b, last), self.timestep(last), conditions,
+                lambda name: self.read(name, last),
+            )  # fmt: skip
+        for stage in range(1, len(self.stages)) if self.nested else range(len(self.stages) - 1):
+            produced |= run(self.stages[stage], stage, last)[0]
+        predicting, segment = (0, len(self.stages)) if self.nested else (-1, len(self.stages) - 1)
+        for q in steps:
+            self.predictions[q] = copy.deepcopy(run(self.stages[predicting], segment, q)[1])
+        self.keep(b, produced | E)
 
     def evaluate(
         self,
@@ -133,11 +136,52 @@ class Reference:
         if not self.forecast or not older:
             return newest
         b, oldest = older[0]
-        r = (s - a) / (a - b)
-        # H(a) + r (H(a) - H(b)), in the kernel that rounds once.
-        return tree_map(
-            lambda new, old: torch.lerp(new, old, -r) if is_forecast(new) else new, newest, oldest
+        now, structure = tree_flatten(newest)
+        then = tree_leaves(oldest)
+        return tree_unflatten(
+            [
+                self.line((name, i), new, old, a, b, s)
+                for i, (new, old) in enumerate(zip(now, then, strict=True))
+            ],
+            structure,
         )
+
+    def line(self, leaf: tuple[str, int], newest: Any, oldest: Any, a: int, b: int, s: int) -> Any:
+        """H(a) + alpha r (H(a) - H(b)), in the kernel that rounds once."""
+        if not is_forecast(newest):
+            return newest
+        r = (s - a) / (a - b)
+        if self.damped:
+            r *= self.alpha(self.changes.setdefault(leaf, {}), newest.double() - oldest.double(), a, b)
+        return torch.lerp(newest, oldest, -r)
+
+    def alpha(
+        self, changes: dict[tuple[int, int], torch.Tensor], change: torch.Tensor, a: int, b: int
+    ) -> float:
+        """Least squares of the changes seen so far on what the lines had promised, each older one counting
+        half."""
+        changes[a, b] = change
+        along = whole = 0.0
+        for (later, middle), (_, early) in zip(list(changes)[1:], changes, strict=False):
+            promised = changes[middle, early] * (later - middle) / (middle - early)
+            along = along / 2 + float((changes[later, middle] * promised).sum())
+            whole = whole / 2 + float((promised * promised).sum())
+        return min(1.0, max(0.0, along / whole)) if whole else 1.0
+
+    def read_in_time(self, name: str, stage: int, b: int, s: int, produced: dict[str, Any]) -> Any:
+        """Section 6: those leaves that are read in time are continued from the round's own version. There is
+        no late version of what is only there in time; a leaf that no one reads may be anything."""
+        in_time = [leaf for each, leaf, reader in self.fresh if (each, reader) == (name, stage)]
+        if not in_time:
+            return self.read(name, s)
+        (a, newest), *_ = self.states[name]
+        late, structure = tree_flatten(self.read(name, s))
+        now, before = tree_leaves(produced[name]), tree_leaves(newest)
+        for leaf in in_time:
+            late[leaf] = now[leaf]
+            if self.forecast and s > b:
+                late[leaf] = self.line((name, -1 - leaf), now[leaf], before[leaf], b, a, s)
+        return tree_unflatten(late, structure)
 
     def timestep(self, q: int) -> torch.Tensor:
         """Section 4."""
@@ -150,6 +194,12 @@ class Reference:
         n = sample.shape[self.channel_dim] if self.num_scaled is None else self.num_scaled
         latents, others = sample.split([n, sample.shape[self.channel_dim] - n], self.channel_dim)
         return torch.cat([latents * (self.c_in[q] / self.c_in[b]), others], self.channel_dim)
+
+
+def read_in_time(plan: Plan) -> list[tuple[str, int, int]]:
+    """`fresh` of the reference, from a plan."""
+    assert all(atom.call == 0 for atom, _ in plan.fresh_atoms)
+    return [(atom.path, atom.leaf, reader) for atom, reader in plan.fresh_atoms]
 
 
 def input_scales(noise_scheduler: Any, begin: int) -> list[float]:

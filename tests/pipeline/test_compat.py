@@ -62,7 +62,8 @@ def run_script(tmp_path: Path, *arguments: str, processes: int) -> subprocess.Co
 
 def expected_latents(stride: int) -> torch.Tensor:
     pipe = sd()
-    with asyncdiff.parallelize(pipe, num_stages=2, stride=stride, warmup_steps=3, forecast="none"):
+    paper = {"forecast": "none", "freshness": "paper"}
+    with asyncdiff.parallelize(pipe, num_stages=2, stride=stride, warmup_steps=3, **paper):
         generate(pipe, steps=9, seed=1)
         return generate(pipe, steps=9)
 
@@ -105,16 +106,16 @@ def test_every_import_path_leads_to_the_class(module: str) -> None:
     wrapped = async_diff(pipe, 3, 1, 2, True)
     assert (wrapped.pipeline, wrapped.model_n, wrapped.stride, wrapped.warm_up) == (pipe, 3, 1, 2)
     generate(pipe, steps=8)
-    assert wrapped.handle.plan.settings == asyncdiff.config.Settings(3, 1, 2, True, "none")
+    assert wrapped.handle.plan.settings == asyncdiff.config.Settings(3, 1, 2, True, "none", "paper")
     wrapped.handle.remove()
 
 
 @pytest.mark.usefixtures("no_default_group")
-def test_forecast_on_request() -> None:
+def test_forecast_and_fresh_reads_on_request() -> None:
     from asyncdiff.async_sd import AsyncDiff
 
     pipe = sd()
-    wrapped = AsyncDiff(pipe, model_n=2, forecast="linear")
+    wrapped = AsyncDiff(pipe, model_n=2, forecast="linear", freshness="auto")
     by_class = generate(pipe, steps=8)
     wrapped.handle.remove()
     with asyncdiff.parallelize(pipe, num_stages=2):

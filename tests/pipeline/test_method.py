@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from diffusers import (
     PNDMScheduler,
 )
 from diffusers.configuration_utils import register_to_config
-from method_reference import Reference
+from method_reference import Reference, read_in_time
 from random_pipelines import denoiser, generate, sd, sd3, sdxl, unet
 from torch import nn
 
 import asyncdiff
+from asyncdiff.planner import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
 
@@ -105,11 +107,60 @@ def test_toy_follows_the_method(division: str, stride: int, time_shift: bool, fo
         stride=stride,
         time_shift=time_shift,
         forecast=forecast,
+        freshness="auto" if nested else "paper",  # what is read in time: see below
         partition=stages,
     ) as handle:
         for warmup_steps, latents in expected.items():
             handle.set(warmup_steps=warmup_steps)
             assert torch.equal(generate(pipe, steps=STEPS), latents), f"warmup_steps={warmup_steps}"
+
+
+def plan_of(pipe: Any, stages: list[list[str]], **options: Any) -> Plan:
+    with asyncdiff.parallelize(pipe, num_stages=len(stages), partition=stages, **options) as handle:
+        generate(pipe, steps=STEPS)
+        assert handle.plan is not None
+        return handle.plan
+
+
+FRESH = {
+    "chain of 2": [("a[0]", 1)],
+    "chain of 3": [("a[0]", 2), ("a[1]", 2), ("b[0]", 2)],
+}
+
+
+@pytest.mark.parametrize("forecast", ["none", "linear"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("division", FRESH)
+def test_toy_reads_in_time_what_the_plan_lists(division: str, stride: int, forecast: str) -> None:
+    """Also leaves of which another stage reads the late version, and integers."""
+    stages, fresh = DIVISIONS[division], tuple(FRESH[division])
+    pipe = sd(unet=toy(), scheduler=EulerDiscreteScheduler())
+    made = plan_of(pipe, stages, stride=stride, forecast=forecast)
+    listed = read_in_time(replace(made, fresh=fresh))
+    settings = {"S": stride, "forecast": forecast == "linear", "w": 2}
+    expected = latents_by_reference(pipe, stages, fresh=listed, **settings)
+    late = latents_by_reference(pipe, stages, **settings)
+    assert not torch.equal(expected, late)
+    for wanted, leaves in ((expected, fresh), (late, ())):
+        with asyncdiff.parallelize(pipe, plan=replace(made, fresh=leaves, warmup_steps=2)):
+            assert torch.equal(generate(pipe, steps=STEPS), wanted)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("division", FRESH)
+def test_damped_forecast_follows_the_method(division: str, stride: int) -> None:
+    """Not bitwise: the sums that the damping is made of are added up in another order."""
+    stages = DIVISIONS[division]
+    pipe = sd(unet=toy(), scheduler=EulerDiscreteScheduler())
+    made = plan_of(pipe, stages, stride=stride, forecast="damped")
+    plan = replace(made, fresh=tuple(FRESH[division]))
+    settings: dict[str, Any] = {"S": stride, "w": 1, "fresh": read_in_time(plan)}
+    expected = latents_by_reference(pipe, stages, damped=True, **settings)
+    linear = latents_by_reference(pipe, stages, **settings)
+    with asyncdiff.parallelize(pipe, plan=plan):
+        latents = generate(pipe, steps=STEPS)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    assert (linear - expected).abs().max() > 1e-2
 
 
 REAL = {
@@ -133,6 +184,7 @@ def test_real_denoiser_follows_the_method(name: str, num_stages: int, stride: in
         latents = generate(pipe, steps=STEPS)
         stages = [list(names) for names in handle.plan.stages]
     assert handle.plan.kind == kind
-    expected = latents_by_reference(pipe, stages, nested=kind == "nested", S=stride, w=2)
+    fresh = read_in_time(handle.plan)
+    expected = latents_by_reference(pipe, stages, nested=kind == "nested", S=stride, w=2, fresh=fresh)
     assert torch.equal(latents, expected)
     assert not torch.equal(latents, generate(pipe, steps=STEPS))

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning
         ({"num_stages": 2, "stride": 1.0}, "stride must be an integer"),
         ({"num_stages": 2, "warmup_steps": 0}, "warmup_steps must be at least 1"),
         ({"num_stages": 2, "time_shift": 1}, "time_shift must be True or False"),
-        ({"num_stages": 2, "forecast": "cubic"}, 'forecast must be "linear" or "none"'),
+        ({"num_stages": 2, "forecast": "cubic"}, 'forecast must be "none", "linear" or "damped"'),
         ({"num_stages": 2, "runtime": "thread"}, "runtime must be one of auto, local, spawn, torchrun"),
         ({"runtime": "torchrun"}, "was not started by torchrun"),
         ({"num_stages": 2, "partition": "ring"}, "partition must be 'chain', 'nested' or one list"),

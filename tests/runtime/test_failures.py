@@ -41,7 +41,7 @@ def test_exception_in_a_stage_is_named_and_the_handle_goes_on(orders: Path, name
         with pytest.raises(WorkerError, match="sabotage") as caught:
             generate(pipe, num_steps=8, callback_on_step_end=ordering_at(4, orders, "fail"))
         assert (caught.value.rank, caught.value.stage) == (rank, rank)
-        assert caught.value.step in (4, 5)
+        assert caught.value.step in (4, 5, 6), "a worker may have gone ahead"
         assert caught.value.operation == f"forward of stage {rank}"
         assert torch.equal(generate(pipe, num_steps=8), expected)
         order(orders, "fail")  # in a step in order, this time

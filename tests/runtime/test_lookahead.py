@@ -28,7 +28,7 @@ def call_of(step: int, *, kind: str = "chain", stages: int = 3, **tensors: torch
     return RoundCall(info(step), schedule.round_of(step), tensors)
 
 
-def test_only_ranks_whose_inputs_are_known_and_that_wait_for_nobody_else_are_told() -> None:
+def test_only_ranks_whose_inputs_are_known_and_that_wait_for_no_other_worker_are_told() -> None:
     timestep, text = torch.tensor(3), torch.ones(2)
 
     def ranks(call: RoundCall) -> frozenset[int]:
@@ -38,8 +38,9 @@ def test_only_ranks_whose_inputs_are_known_and_that_wait_for_nobody_else_are_tol
     assert ranks(call_of(3, timestep=timestep, text=text)) == {1, 2}
     assert ranks(call_of(3, timestep=timestep)) == {2}  # stage 1 needs the text
     assert ranks(call_of(3, text=text)) == frozenset()
-    assert ranks(call_of(1, timestep=timestep, text=text)) == frozenset(), "in order all wait for stage 0"
-    assert ranks(call_of(3, kind="nested", timestep=timestep, text=text)) == frozenset(), "stage 0 begins"
+    assert ranks(call_of(1, timestep=timestep, text=text)) == {1, 2}, "in order they wait for the driver"
+    assert ranks(call_of(1, timestep=timestep)) == frozenset(), "and stage 2 for stage 1, which is not told"
+    assert ranks(call_of(3, kind="nested", timestep=timestep, text=text)) == {1, 2}
 
 
 def test_a_guess_is_right_only_if_all_that_was_told_is_the_same() -> None:

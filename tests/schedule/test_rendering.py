@@ -13,7 +13,7 @@ def test_grid_of_two_stages_stride_two() -> None:
         "                      | step 0 in order     | steps 1-2           | steps 3-4             | step 5\n"
         "----------------------+---------------------+---------------------+-----------------------+"
         "----------------------\n"
-        "rank 0 stage 0        | C0(x0; t0)          | C0(x1; t2)          | C0(x3; t4)            | -\n"
+        "rank 0 stage 0        | C0(x0; t0)          | C0(x1; t1)          | C0(x3; t3)            | -\n"
         "rank 1 stage 1        | C1(x0, H0(0); t0)>0 | C1(x1, H0(0); t1)>1 | C1(x3, H0(1~0); t3)>3 |"
         " C1(x5, H0(3~1); t5)>5\n"
         "rank 2 stage 1 copy 1 | -                   | C1(x1, H0(0); t2)>2 | C1(x3, H0(1~0); t4)>4 | -\n"

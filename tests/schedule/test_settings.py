@@ -61,8 +61,11 @@ def test_impossible_counts_are_refused(arguments: tuple, message: str) -> None:
         ({"warmup_steps": "1"}, "warmup_steps must be an integer, but '1' (str) was given."),
         ({"stride": True}, "stride must be an integer, but True (bool) was given."),
         ({"time_shift": 1}, "time_shift must be True or False, but 1 was given."),
-        ({"forecast": "quadratic"}, 'forecast must be "linear" or "none", but \'quadratic\' was given.'),
-        ({"forecast": None}, 'forecast must be "linear" or "none", but None was given.'),
+        (
+            {"forecast": "quadratic"},
+            'forecast must be "none", "linear" or "damped", but \'quadratic\' was given.',
+        ),
+        ({"forecast": None}, 'forecast must be "none", "linear" or "damped", but None was given.'),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
@@ -92,5 +95,5 @@ def test_workers_of_settings() -> None:
 
 
 def test_other_format_versions_of_a_schedule_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="format version 2"):
-        from_dict({"format_version": 2})
+    with pytest.raises(ConfigurationError, match="format version 3"):
+        from_dict({"format_version": 3})

@@ -28,6 +28,7 @@ from asyncdiff.schedule import (
     SendPrediction,
     Value,
     build_schedule,
+    staleness,
     validate,
 )
 
@@ -39,8 +40,9 @@ def term(*parts: object) -> int:
     return _TERMS.setdefault(parts, len(_TERMS))
 
 
-def ran(segment: int, inputs: int, timestep: int, reads: dict[int, int]) -> int:
-    return term("C", segment, inputs, timestep, tuple(sorted(reads.items())))
+def ran(segment: int, inputs: int, timestep: int, reads: dict[int, int], fresh: dict[int, int]) -> int:
+    """`reads`: of each foreign segment, and of the own ones before; `fresh`: what is read of it in time."""
+    return term("C", segment, inputs, timestep, *(tuple(sorted(part.items())) for part in (reads, fresh)))
 
 
 def line(newest: int, older: int, r: Fraction) -> int:
@@ -60,6 +62,9 @@ class Case:
     shift: bool
     forecast: str
     first: int = 0
+    freshness: str = "auto"
+    later: frozenset[int] = frozenset()  # in order after warm-up
+    in_time: frozenset[tuple[int, int]] = frozenset()  # (producer, reader) pairs with leaves read fresh
 
 
 def model(case: Case) -> list[int]:
@@ -73,17 +78,38 @@ def conditioning(case: Case, q: int) -> int:
     return q - 1 if case.shift and q >= case.first + case.warmup else q
 
 
+@cache
+def rounds(case: Case) -> tuple[dict[int, int | None], frozenset[int]]:
+    """Section 3: rounds start at the end of warm-up and follow one another; a step that is told to run in
+    order where one would start is a round of its own. (start -> the start before it, those in order)"""
+    before: dict[int, int | None] = {}
+    in_order = set()
+    last, s = None, case.first
+    while s < case.T:
+        before[s], last = last, s
+        if s < case.first + case.warmup or s in case.later:
+            in_order.add(s)
+        s += 1 if s in in_order else case.S
+    return before, frozenset(in_order)
+
+
 def round_start(case: Case, s: int) -> int:
-    """Section 3: rounds start at the end of warm-up and follow one another."""
-    w = case.first + case.warmup
-    return w + (s - w) // case.S * case.S
+    return max(start for start in rounds(case)[0] if start <= s)
+
+
+def is_in_order(case: Case, s: int) -> bool:
+    return s in rounds(case)[1]
+
+
+def shared_step(case: Case, b: int) -> int:
+    """Whose timestep conditions the stages that run once in a round: the last one's, as in the paper, or with
+    a forecast that of the step whose latents they read (section 5)."""
+    return min(b + case.S, case.T) - 1 if case.forecast == "none" else b
 
 
 def label_before(case: Case, label: int) -> int | None:
     """The label of the state that precedes the state labelled `label`."""
-    w = case.first + case.warmup
-    before = label - 1 if label <= w else label - case.S
-    return before if before >= case.first else None
+    return rounds(case)[0][label]
 
 
 def last_states(case: Case, state: Callable[[int, int], int], j: int, b: int, s: int) -> int:
@@ -96,48 +122,76 @@ def last_states(case: Case, state: Callable[[int, int], int], j: int, b: int, s:
     return line(state(j, a), state(j, older), Fraction(s - a, a - older))
 
 
+def state_in_time(case: Case, state: Callable[[int, int], int], j: int, b: int, s: int) -> int:
+    """The same of what arrives in time: H_j of this round, continued from there (section 6)."""
+    a = label_before(case, b)
+    assert a is not None
+    if case.forecast == "none" or s == b:
+        return state(j, b)
+    return line(state(j, b), state(j, a), Fraction(s - b, b - a))
+
+
 def chain_model(case: Case) -> Callable[[int], int]:
-    N, S, w = case.N, case.S, case.first + case.warmup
+    N = case.N
+
+    def reads_in_order(k: int, s: int) -> tuple[dict[int, int], dict[int, int]]:
+        return {j: H(j, s) for j in range(k)}, {j: H(j, s) for j in range(k) if (j, k) in case.in_time}
+
+    def reads(k: int, b: int, s: int) -> tuple[dict[int, int], dict[int, int]]:
+        return (
+            {j: last_states(case, H, j, b, s) for j in range(k)},
+            {j: state_in_time(case, H, j, b, s) for j in range(k) if (j, k) in case.in_time},
+        )
 
     @cache
     def H(k: int, b: int) -> int:  # noqa: N802
-        if b < w:
-            return ran(k, b, b, {j: H(j, b) for j in range(k)})
-        q = b + S - 1
-        return ran(k, b, conditioning(case, q), {j: last_states(case, H, j, b, q) for j in range(k)})
+        if is_in_order(case, b):
+            return ran(k, b, b, *reads_in_order(k, b))
+        q = shared_step(case, b)
+        return ran(k, b, conditioning(case, q), *reads(k, b, q))
 
     def eps(s: int) -> int:
-        if s < w:
-            return ran(N - 1, s, s, {j: H(j, s) for j in range(N - 1)})
+        if is_in_order(case, s):
+            return ran(N - 1, s, s, *reads_in_order(N - 1, s))
         b = round_start(case, s)
-        reads = {j: last_states(case, H, j, b, s) for j in range(N - 1)}
-        return ran(N - 1, b, conditioning(case, s), reads)
+        return ran(N - 1, b, conditioning(case, s), *reads(N - 1, b, s))
 
     return eps
 
 
 def nested_model(case: Case) -> Callable[[int], int]:
-    N, S, w = case.N, case.S, case.first + case.warmup
+    N = case.N
     inner = range(1, N)
 
     def E(b: int, s: int) -> int:  # noqa: N802
         """The outer stage's first part: the latents of step b, the timestep of step s."""
-        return ran(0, b, conditioning(case, s), {})
+        return ran(0, b, s if is_in_order(case, b) else conditioning(case, s), {}, {})
+
+    def state_of_E(_: int, b: int) -> int:  # noqa: N802
+        return E(b, b) if is_in_order(case, b) else E(b, shared_step(case, b))
+
+    def in_time(k: int, read: Callable[[int], int]) -> dict[int, int]:
+        return {j: read(j) for j in inner if (j, k) in case.in_time}
 
     @cache
     def A(k: int, b: int) -> int:  # noqa: N802
-        if b < w:
-            return ran(k, b, b, {0: E(b, b), **{j: A(j, b) for j in range(1, k)}})
-        q = b + S - 1
-        stale = {j: last_states(case, A, j, b, q) for j in range(1, k)}
-        return ran(k, b, conditioning(case, q), {0: E(b, q), **stale})
+        if is_in_order(case, b):
+            own = {0: E(b, b), **{j: A(j, b) for j in range(1, k)}}
+            return ran(k, b, b, own, in_time(k, lambda j: A(j, b)))
+        q = shared_step(case, b)
+        late = {j: last_states(case, A, j, b, q) for j in range(1, k)}
+        of_E = E(b, q) if case.freshness == "auto" else last_states(case, state_of_E, 0, b, q)
+        fresh = in_time(k, lambda j: state_in_time(case, A, j, b, q))
+        return ran(k, b, conditioning(case, q), {0: of_E, **late}, fresh)
 
     def eps(s: int) -> int:
-        if s < w:
-            return ran(N, s, s, {0: E(s, s), **{k: A(k, s) for k in inner}})
+        if is_in_order(case, s):
+            own = {0: E(s, s), **{k: A(k, s) for k in inner}}
+            return ran(N, s, s, own, in_time(N, lambda j: A(j, s)))
         b = round_start(case, s)
         reads = {k: last_states(case, A, k, b, s) for k in inner}
-        return ran(N, b, conditioning(case, s), {0: E(b, s), **reads})
+        fresh = in_time(N, lambda j: state_in_time(case, A, j, b, s))
+        return ran(N, b, conditioning(case, s), {0: E(b, s), **reads}, fresh)
 
     return eps
 
@@ -190,10 +244,12 @@ class Worker:
         return self.forward[step][self.schedule.num_segments - 1]
 
     def compute(self, op: Compute) -> None:
-        reads = {read.segment: self.read(read) for read in op.reads}
+        reads = {read.segment: self.read(read) for read in op.reads if not read.fresh}
+        fresh = {read.segment: self.read(read) for read in op.reads if read.fresh}
+        assert len(reads) + len(fresh) == len(op.reads)
         own = {s: t for s, t in self.forward[op.step].items() if s < op.segment}
         assert not own.keys() & reads.keys()
-        result = ran(op.segment, op.input_step, op.condition_step, {**own, **reads})
+        result = ran(op.segment, op.input_step, op.condition_step, {**own, **reads}, fresh)
         self.forward[op.step][op.segment] = self.made[op.value] = result
 
     def read(self, read: Read) -> int:
@@ -228,7 +284,8 @@ def interpret(schedule: Schedule) -> list[int]:
 def build(case: Case) -> Schedule:
     return build_schedule(
         kind=case.kind, num_stages=case.N, stride=case.S, warmup_steps=case.warmup, num_steps=case.T,
-        first_step=case.first, time_shift=case.shift, forecast=case.forecast,
+        first_step=case.first, time_shift=case.shift, forecast=case.forecast, freshness=case.freshness,
+        fresh_crossings=case.in_time, in_order_steps=case.later,
     )  # fmt: skip
 
 
@@ -253,6 +310,47 @@ def test_steps_of_a_later_start_are_computed_likewise(kind: str) -> None:
     _TERMS.clear()
     for N, S, w, first in itertools.product(range(1, 4), range(1, 4), (1, 2, 3), (1, 7)):
         check(Case(kind, N, S, w, first + 9, True, "linear", first))
+
+
+def pairs_in_time(kind: str, N: int) -> Iterator[frozenset[tuple[int, int]]]:
+    """Sets of pairs that are read in time: all that there can be, and each alone."""
+    segments = range(1, N + 1) if kind == "nested" else range(N)
+    pairs = list(itertools.combinations(segments, 2))
+    yield frozenset(pairs)
+    yield from (frozenset({pair}) for pair in pairs)
+
+
+@pytest.mark.parametrize(("kind", "N"), [("chain", 2), ("chain", 3), ("chain", 4), ("nested", 3)])
+def test_what_arrives_in_time_is_read_of_its_own_round(kind: str, N: int) -> None:
+    _TERMS.clear()
+    for in_time, S, w, T, forecast in itertools.product(
+        pairs_in_time(kind, N), range(1, 4), (1, 2, 4), range(5, 11), ("none", "linear")
+    ):
+        case = Case(kind, N, S, w, T, S == 2, forecast, in_time=in_time)
+        check(case)
+        validate(build(case))
+
+
+@pytest.mark.parametrize(("kind", "N"), [("chain", 1), ("chain", 3), ("nested", 2), ("nested", 3)])
+def test_steps_in_order_after_warmup(kind: str, N: int) -> None:
+    _TERMS.clear()
+    for S, w, later, shift, forecast in itertools.product(
+        range(1, 4), (1, 2), ({3}, {4, 5}, {2, 7, 8}, {10}), (False, True), ("none", "linear")
+    ):
+        case = Case(kind, N, S, w, 11, shift, forecast, later=frozenset(later))
+        check(case)
+        validate(build(case))
+
+
+@pytest.mark.parametrize("N", [2, 3])
+def test_nested_split_of_the_paper_has_two_delays(N: int) -> None:
+    _TERMS.clear()
+    for S, w, T, forecast in itertools.product(range(1, 4), (1, 2, 4), range(5, 11), ("none", "linear")):
+        case = Case("nested", N, S, w, T, False, forecast, freshness="paper")
+        check(case)
+        validate(build(case))
+        ages = {each.latents for each in staleness(build(case)) if each.step >= w + 3 * S}
+        assert max(ages, default=2) >= 2
 
 
 @pytest.mark.parametrize("kind", ["chain", "nested"])

@@ -122,11 +122,11 @@ def test_first_forecast_needs_two_states() -> None:
 
 
 def test_forecast_reaches_to_the_step_that_conditions_the_reader() -> None:
-    """Round b=5, S=2: states 3 and 1; stage 1 is conditioned on t6, the copies of stage 2 on t5 and t6."""
+    """Round b=5, S=2: states 3 and 1; stage 1 is conditioned on t5, the copies of stage 2 on t5 and t6."""
     schedule = chain(3, 2, 1, 9, forecast="linear")
     assert texts(schedule, 5) == [
-        "0: C0(x5; t6)",
-        "1: C1(x5, 2.5 H0(3), -1.5 H0(1); t6)",
+        "0: C0(x5; t5)",
+        "1: C1(x5, 2 H0(3), -1 H0(1); t5)",
         "2: C2(x5, 2 H0(3), -1 H0(1), 2 H1(3), -1 H1(1); t5)",
         "3: C2(x5, 2.5 H0(3), -1.5 H0(1), 2.5 H1(3), -1.5 H1(1); t6)",
     ]

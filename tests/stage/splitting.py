@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdiff.graph import Atom, BlockGraph, Partition, TensorSpec
+from asyncdiff.graph import Atom, BlockGraph, Partition, TensorSpec, crossing_atoms
 from asyncdiff.stage import StageReplica, StageSpec, stage_spec
 from asyncdiff.trace import Inputs, Recording, flatten_inputs
 from asyncdiff.trace.tensors import zero_placeholder
@@ -47,10 +47,22 @@ def cut(graph: BlockGraph, kind: str, num_stages: int) -> Partition:
     return Partition("nested", (parts[0] + parts[-1], *parts[1:-1]))
 
 
-def specs_of(recording: Recording, graph: BlockGraph, partition: Partition) -> list[StageSpec]:
-    """The specs of all stages as another process would get them."""
+def specs_of(
+    recording: Recording, graph: BlockGraph, partition: Partition, *, fresh: bool = False
+) -> list[StageSpec]:
+    """The specs of all stages as another process would get them; `fresh`: everything may come late."""
+    segments = partition.segments(graph)
+    crossing = crossing_atoms(graph, segments)
+    arriving = {
+        segment.index: {
+            atom for (_, reader), atoms in crossing.items() if reader == segment.index for atom in atoms
+        }
+        for segment in segments
+    }
     return [
-        pickle.loads(pickle.dumps(stage_spec(recording, graph, partition, stage)))
+        pickle.loads(
+            pickle.dumps(stage_spec(recording, graph, partition, stage, arriving if fresh else None))
+        )
         for stage in range(partition.num_stages)
     ]
 
@@ -59,14 +71,22 @@ class Split:
     """All stages of one partition, with the values they have handed over."""
 
     def __init__(
-        self, module: nn.Module, recording: Recording, graph: BlockGraph, partition: Partition
+        self,
+        module: nn.Module,
+        recording: Recording,
+        graph: BlockGraph,
+        partition: Partition,
+        *,
+        fresh: bool = False,
     ) -> None:
         self.specs: dict[Any, list[StageSpec]] = {}
         self.replicas: list[StageReplica] = []
         self.partition = partition
-        specs = specs_of(recording, graph, partition)
+        specs = specs_of(recording, graph, partition, fresh=fresh)
         for spec in specs:
-            self.replicas.append(StageReplica(stage_copy(module, spec), placeholder=nan_placeholder))
+            self.replicas.append(
+                StageReplica(stage_copy(module, spec), placeholder=nan_placeholder, buffer=nan_placeholder)
+            )
         self.prepare("key", specs)
 
     def prepare(self, key: Any, specs: list[StageSpec]) -> None:
@@ -80,7 +100,7 @@ class Split:
         specs = self.specs[key]
 
         def run_stage(stage: int) -> list[torch.Tensor] | None:
-            def read(segment: int, atom: Atom) -> torch.Tensor:
+            def read(segment: int, atom: Atom, out: torch.Tensor | None) -> torch.Tensor:
                 assert atom in specs[stage].reads[segment]
                 seen.append(atom)
                 if atom not in values:
@@ -88,7 +108,8 @@ class Split:
                     assert stage == 0
                     for inner in range(1, self.partition.num_stages):
                         run_stage(inner)
-                return poisoned(values[atom]) if atom == poison else values[atom].clone()
+                value = poisoned(values[atom]) if atom == poison else values[atom].clone()
+                return value if out is None else out.copy_(value)
 
             def emit(atom: Atom, tensor: torch.Tensor) -> None:
                 assert atom in specs[stage].emits

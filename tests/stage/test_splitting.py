@@ -3,6 +3,7 @@ only."""
 
 from __future__ import annotations
 
+import itertools
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from splitting import Split, assert_bitwise, cut, inputs_of, specs_of, whole
 
 from asyncdiff.graph import BlockKey, Partition, crossing_atoms
 from asyncdiff.stage import stage_spec
+from asyncdiff.stage.spec import Own
 from asyncdiff.trace import find_blocks, flatten_inputs, record, reown
 from asyncdiff.weights import dump_skeleton, load_skeleton
 
@@ -32,7 +34,8 @@ def test_split_is_bitwise_the_unsplit_denoiser(case):
     assert recording.mode == case.mode
     for kind, num_stages in SPLITS:
         graph = find_blocks(recording, num_stages, kind=kind)
-        split = Split(module, recording, graph, cut(graph, kind, num_stages))
+        # With three stages all leaves are waited for as late as can be.
+        split = Split(module, recording, graph, cut(graph, kind, num_stages), fresh=num_stages == 3)
         assert_bitwise(split.run(inputs_of(module, kwargs)), expected)
     # Once more on the last one: a run leaves nothing behind, not even in the caller's containers.
     assert_bitwise(split.run(inputs_of(module, kwargs)), expected)
@@ -47,9 +50,34 @@ def test_four_stages_of_the_finest_blocks_are_bitwise_the_unsplit_denoiser(name)
     coarse = find_blocks(recording, 4)
     finest = find_blocks(recording, block_paths=leaves(recording))
     assert len(finest.blocks) > len(coarse.blocks)
-    for kind in ("chain", "nested"):
-        split = Split(module, recording, finest, cut(finest, kind, 4))
+    for kind, fresh in itertools.product(("chain", "nested"), (False, True)):
+        split = Split(module, recording, finest, cut(finest, kind, 4), fresh=fresh)
         assert_bitwise(split.run(inputs_of(module, kwargs)), whole(module, kwargs))
+
+
+def test_skips_of_a_unet_are_waited_for_when_they_are_wanted():
+    """Stage 1 of 2 runs most of its blocks before it wants what stage 0 made first."""
+    case = BY_NAME["SD2.1"]
+    module = build(case)
+    recording = recorded(module, case.inputs(2, 16))
+    graph = find_blocks(recording, 2)
+    partition = cut(graph, "chain", 2)
+    spec = specs_of(recording, graph, partition, fresh=True)[1]
+    filled = [
+        (path, str(fill.atom))
+        for path, actions in spec.actions
+        for action in actions
+        if isinstance(action, Own)
+        for fill in action.fills
+    ]
+    assert filled == [
+        ("up_blocks.1.attentions.0", "down_blocks.0[0]"),
+        ("up_blocks.1.upsamplers.0", "conv_in[0]"),
+        ("up_blocks.1.upsamplers.0", "down_blocks.0[1]"),
+    ]
+    for block in graph.blocks:
+        for atom, ended in zip(block.reads, block.glue_uses, strict=True):
+            assert ended is None or graph.index[atom.block] < ended <= graph.index[block.key]
 
 
 def leaves(recording):

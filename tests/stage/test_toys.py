@@ -175,9 +175,10 @@ def test_split_is_bitwise_the_unsplit_module(toy, kind, num_stages):
     recording = record(module, inputs_of(module, kwargs), device="cpu", live=True)
     graph = find_blocks(recording, num_stages, kind=kind)
     assert len(graph.blocks) >= 4
-    split = Split(module, recording, graph, cut(graph, kind, num_stages))
-    for _ in range(2):
-        assert_bitwise(split.run(inputs_of(module, kwargs)), whole(module, kwargs))
+    for fresh in (False, True):
+        split = Split(module, recording, graph, cut(graph, kind, num_stages), fresh=fresh)
+        for _ in range(2):
+            assert_bitwise(split.run(inputs_of(module, kwargs)), whole(module, kwargs))
 
 
 def test_a_leaf_that_glue_writes_into_is_emitted_as_the_block_made_it():
@@ -209,7 +210,7 @@ def test_what_is_received_is_not_written_into():
     replica.prepare(0, spec)
     values = {atom: torch.randn(2, 8) for atom in spec.reads[1]}
     before = {atom: value.clone() for atom, value in values.items()}
-    replica.run(0, {}, {}, lambda _, atom: values[atom], lambda *_: None)
+    replica.run(0, {}, {}, lambda _, atom, out: values[atom], lambda *_: None)
     assert all(torch.equal(values[atom], before[atom]) for atom in values)
 
 

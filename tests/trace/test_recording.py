@@ -14,7 +14,7 @@ from asyncdiff.weights import dump_skeleton, load_skeleton
 
 def facts(graph):
     return [
-        (b.key, b.reads, b.inputs, b.first_uses, b.outputs, b.parameter_bytes, b.flops) for b in graph.blocks
+        (b.key, b.reads, b.inputs, b.glue_uses, b.outputs, b.parameter_bytes, b.flops) for b in graph.blocks
     ]
 
 

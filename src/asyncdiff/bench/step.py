@@ -82,6 +82,7 @@ class StepResult:
     num_stages: int
     stride: int
     forecast: str
+    freshness: str
     runs: int
     steps: int
     ms_per_step_in_order: float
@@ -170,6 +171,7 @@ def run_step(
     num_stages: int,
     stride: int = 1,
     forecast: str = "linear",
+    freshness: str = "auto",
     time_shift: bool = False,
     runs: int = 3,
     steps: int = 8,
@@ -181,7 +183,7 @@ def run_step(
     """
     architecture_named(arch)  # before any process is started
     workload = Workload(arch, None, size, dtype)
-    settings = Settings(num_stages, stride, _WARMUP_STEPS, time_shift, forecast)
+    settings = Settings(num_stages, stride, _WARMUP_STEPS, time_shift, forecast, freshness)
     start_up = StartUp()
     with ExitStack() as stack:
         progress("Building the denoisers", 0, 0)
@@ -216,6 +218,7 @@ def run_step(
         num_stages=num_stages,
         stride=stride,
         forecast=forecast,
+        freshness=freshness,
         runs=runs,
         steps=steps,
         ms_per_step_in_order=samples.median_ms("in_order"),
@@ -253,6 +256,7 @@ def _profiled_plan(subject: Subject, devices: Sequence[str], settings: Settings)
         warmup_steps=settings.warmup_steps,
         time_shift=settings.time_shift,
         forecast=settings.forecast,
+        freshness=settings.freshness,
         profile=True,
         example=subject.example,
     )

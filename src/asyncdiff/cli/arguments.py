@@ -17,10 +17,11 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from asyncdiff.cli.failures import DEBUG_VARIABLE
-from asyncdiff.config import settle
+from asyncdiff.config import AUTO, DEFAULT_TOLERANCE, settle
 from asyncdiff.errors import ConfigurationError
 
-Forecast: TypeAlias = Literal["none", "linear"]
+Forecast: TypeAlias = Literal["none", "linear", "damped"]
+Freshness: TypeAlias = Literal["auto", "paper"]
 Dtype: TypeAlias = Literal["auto", "float32", "float16", "bfloat16"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -74,6 +75,26 @@ WarmupStepsOption = Annotated[
         help="Steps run in order first: more is closer to the original, and slower.",
     ),
 ]
+WarmupOption = Annotated[
+    str,
+    typer.Option(
+        "--warmup-steps",
+        metavar="W",
+        rich_help_panel=_METHOD,
+        help="Steps run in order first: more is closer to the original, and slower. 'auto': as many as "
+        "--tolerance asks for, also later.",
+    ),
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        metavar="E",
+        rich_help_panel=_METHOD,
+        help="With --warmup-steps auto: a step runs in order while the relative error of the forecast is "
+        f"above this ({DEFAULT_TOLERANCE:g}).",
+    ),
+]
 TimeShiftOption = Annotated[
     bool,
     typer.Option(
@@ -87,8 +108,16 @@ ForecastOption = Annotated[
     typer.Option(
         "--forecast",
         rich_help_panel=_METHOD,
-        help="How a stage uses states that are a step old: 'linear' continues them, "
-        "'none' is the published method.",
+        help="How a stage uses states that are a step old: 'linear' continues them, 'damped' as far as that "
+        "has held so far, 'none' is the published method.",
+    ),
+]
+FreshnessOption = Annotated[
+    Freshness,
+    typer.Option(
+        "--freshness",
+        rich_help_panel=_METHOD,
+        help="'auto' reads what arrives in time at the step it was produced in, 'paper' one step late.",
     ),
 ]
 JsonOption = Annotated[
@@ -103,27 +132,45 @@ class Split:
     devices: int | tuple[str, ...] | None
     num_stages: int | None
     stride: int
-    warmup_steps: int
+    warmup_steps: int | str
+    tolerance: float | None
     time_shift: bool
     forecast: Forecast
+    freshness: Freshness
 
 
 def check_split(
     devices: str | None,
     num_stages: int | None,
     stride: int,
-    warmup_steps: int,
+    warmup_steps: str,
+    tolerance: float | None,
     time_shift: bool,
     forecast: Forecast,
+    freshness: Freshness,
 ) -> Split:
     """The options of the split, each checked as far as possible without knowing the machine."""
     check_at_least("--stages", num_stages, 1)
     check_at_least("--stride", stride, 1)
-    check_at_least("--warmup-steps", warmup_steps, 1)
+    warmup = check_warmup(warmup_steps, tolerance)
     asked = None if devices is None else parse_devices(devices)
     if asked is not None:
         stages_for(asked if isinstance(asked, int) else len(asked), num_stages, stride)
-    return Split(asked, num_stages, stride, warmup_steps, time_shift, forecast)
+    return Split(asked, num_stages, stride, warmup, tolerance, time_shift, forecast, freshness)
+
+
+def check_warmup(text: str, tolerance: float | None) -> int | str:
+    """`"3"` -> 3, `"auto"` as it is; with a tolerance only the latter."""
+    if text != AUTO:
+        if not text.lstrip("-").isdecimal():
+            raise ConfigurationError(f"--warmup-steps must be a number or 'auto', not {text!r}.")
+        if tolerance is not None:
+            raise ConfigurationError(f"--tolerance goes with --warmup-steps auto, not with {text}.")
+        check_at_least("--warmup-steps", int(text), 1)
+        return int(text)
+    if tolerance is not None and not tolerance > 0:
+        raise ConfigurationError(f"--tolerance must be above 0, but {tolerance:g} was given.")
+    return AUTO
 
 
 def parse_devices(text: str) -> int | tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from asyncdiff.cli import arguments
-from asyncdiff.cli.arguments import Dtype, Forecast
+from asyncdiff.cli.arguments import Dtype, Forecast, Freshness
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.planner import Candidate, Objective, Plan, choose_candidate, list_candidates
@@ -95,6 +95,7 @@ def plan(
     ] = "1",
     time_shift: arguments.TimeShiftOption = False,
     forecast: arguments.ForecastOption = "linear",
+    freshness: arguments.FreshnessOption = "auto",
     max_staleness: Annotated[
         int | None,
         typer.Option(
@@ -156,7 +157,7 @@ def plan(
         device_speeds = basis.speeds or (1.0,) * len(names)
         described = link.machine(device_speeds, names, report)
         report("Comparing", 0, 0)
-        wish = _Wish(names, time_shift, forecast, objective)
+        wish = _Wish(names, time_shift, forecast, freshness, objective)
         candidates = list_candidates(
             lambda num_stages, stride: wish.plan(basis, num_stages, stride), described, steps, warmups
         )
@@ -196,11 +197,12 @@ class _Wish:
     names: Sequence[str]
     time_shift: bool
     forecast: Forecast
+    freshness: Freshness
     objective: Objective
 
     def plan(self, basis: _Basis, num_stages: int, stride: int) -> Plan:
         """The best plan within the memory limit, else the best without."""
-        settings = Settings(num_stages, stride, 1, self.time_shift, self.forecast)
+        settings = Settings(num_stages, stride, 1, self.time_shift, self.forecast, self.freshness)
 
         def make(max_weight_bytes: float) -> Plan:
             count = settings.num_workers

@@ -68,8 +68,8 @@ class Block:
     estimate. `seconds`: measured duration, None until profiled. `parameter_bytes`: of the weights below its
     module. `reads`: leaves of earlier blocks that an operation inside it uses, directly or through glue (the
     denoiser's code between blocks). `inputs`: names of the denoiser input leaves it uses likewise.
-    `first_uses`: for each of `reads`, in the same order, which share (0 to 1) of the block's own FLOPs comes
-    before the first use.
+    `glue_uses`: for each of `reads`, in the same order, how many blocks of the denoiser have ended when glue
+    first touches its data on the way to this block; None where only the block itself does.
     """
 
     key: BlockKey
@@ -79,7 +79,7 @@ class Block:
     outputs: tuple[TensorSpec | None, ...]
     reads: tuple[Atom, ...]
     inputs: tuple[str, ...]
-    first_uses: tuple[float, ...] = ()
+    glue_uses: tuple[int | None, ...] = ()
     seconds: float | None = None
 
 
@@ -88,10 +88,10 @@ class BlockGraph:
     """Blocks in execution order, and what the denoiser's output is made of.
 
     `output_reads` and `output_inputs`: the block leaves and denoiser input leaves that the returned tensors
-    use (through glue after the last block). `outputs`: the returned tensor leaves. `glue_flops`,
-    `glue_parameter_bytes`: work and weights outside all blocks, replicated on every stage. `glue_seconds`:
-    measured duration of that work, None until profiled. `latents`: the input leaves that are other ones at
-    every step; empty where that is not known.
+    use (through glue after the last block), `output_glue_uses` as a block's. `outputs`: the returned tensor
+    leaves. `glue_flops`, `glue_parameter_bytes`: work and weights outside all blocks, replicated on every
+    stage. `glue_seconds`: measured duration of that work, None until profiled. `latents`: the input leaves
+    that are other ones at every step; empty where that is not known.
     """
 
     blocks: tuple[Block, ...]
@@ -102,6 +102,7 @@ class BlockGraph:
     glue_parameter_bytes: int = 0
     glue_seconds: float | None = None
     latents: tuple[str, ...] = ()
+    output_glue_uses: tuple[int | None, ...] = ()
 
     @cached_property
     def index(self) -> dict[BlockKey, int]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from asyncdiff.config import Settings
 from asyncdiff.errors import UnsupportedDenoiserError
-from asyncdiff.graph import BlockGraph, BlockKey, Partition, crossing_atoms
+from asyncdiff.graph import BlockGraph, BlockKey, Partition
 from asyncdiff.graph.wiring import Wiring, wire
 from asyncdiff.pipeline.denoiser import replaced_forward
 from asyncdiff.pipeline.partition_request import PartitionRequest
@@ -50,11 +50,6 @@ class Analysis:
     @property
     def output(self) -> OutputSpec:
         return self.specs[0].output
-
-    @property
-    def crossings(self) -> tuple[tuple[int, int], ...]:
-        """(producing segment, reading segment) pairs between which anything crosses."""
-        return tuple(crossing_atoms(self.graph, self.partition.segments(self.graph)))
 
 
 def record_call(
@@ -160,7 +155,7 @@ def _fine_blocks(
 def analyse(number: int, recording: Recording, inputs: Inputs, plan: Plan) -> Analysis:
     """The analysis of the first call, recorded with `inputs`, under a plan."""
     graph = find_blocks(recording, block_paths=_paths(plan.stages))
-    return _analysis(number, recording, inputs, graph, plan.partition(graph))
+    return _analysis(number, recording, inputs, graph, plan.partition(graph), plan)
 
 
 def analyse_again(
@@ -168,16 +163,20 @@ def analyse_again(
 ) -> Analysis:
     """The analysis of a call of another structure, with every block where `owners` has it."""
     graph = find_blocks(recording, block_paths=_paths(plan.stages))
-    return _analysis(number, recording, inputs, graph, reown(owners, graph))
+    return _analysis(number, recording, inputs, graph, reown(owners, graph), plan)
 
 
 def _analysis(
-    number: int, recording: Recording, inputs: Inputs, graph: BlockGraph, partition: Partition
+    number: int, recording: Recording, inputs: Inputs, graph: BlockGraph, partition: Partition, plan: Plan
 ) -> Analysis:
-    specs = {stage: stage_spec(recording, graph, partition, stage) for stage in range(partition.num_stages)}
+    wiring = wire(graph, partition.segments(graph), plan.fresh_atoms)
+    specs = {
+        stage: stage_spec(recording, graph, partition, stage, wiring.fresh)
+        for stage in range(partition.num_stages)
+    }
     given = inputs.tensors()
     steering = {name: given[name].clone() for name in recording.steering_inputs}
-    return Analysis(number, graph, partition, specs, wire(graph, partition.segments(graph)), steering)
+    return Analysis(number, graph, partition, specs, wiring, steering)
 
 
 def _paths(stages: Sequence[Sequence[Any]]) -> list[str]:

@@ -30,12 +30,12 @@ from asyncdiff.pipeline.user_warning import warn_user
 class AsyncDiff:
     """`asyncdiff.parallelize` under the published name and arguments.
 
-    `model_n`: number of stages; `model_n + stride - 1` must be torchrun's world size. `forecast`: "none", as
-    in the paper, unless asked otherwise. Moves the pipeline to the GPU of this rank, where there is one, and
-    initialises the default process group if the script has not, because scripts ask it for their rank.
-    Started by plain `python`, it takes as many GPUs of this machine, or else runs all stages in this process
-    and warns: the same picture, no gain. Raises `ConfigurationError` on every rank where the numbers do not
-    fit.
+    `model_n`: number of stages; `model_n + stride - 1` must be torchrun's world size. `forecast`: "none", and
+    `freshness`: "paper", unless asked otherwise. Moves the pipeline to the GPU of this rank, where there is
+    one, and initialises the default process group if the script has not, because scripts ask it for their
+    rank. Started by plain `python`, it takes as many GPUs of this machine, or else runs all stages in this
+    process and warns: the same picture, no gain. Raises `ConfigurationError` on every rank where the numbers
+    do not fit.
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class AsyncDiff:
         time_shift: bool = False,
         *,
         forecast: str = "none",
+        freshness: str = "paper",
     ) -> None:
-        settings = Settings(model_n, stride, warm_up, time_shift, forecast)
+        settings = Settings(model_n, stride, warm_up, time_shift, forecast, freshness)
         denoisers_of(pipeline)
         _check_world_size(settings)
         ensure_default_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -66,6 +67,7 @@ class AsyncDiff:
             warmup_steps=warm_up,
             time_shift=time_shift,
             forecast=forecast,
+            freshness=freshness,
             runtime=runtime,
         )
 

@@ -87,9 +87,9 @@ class Division:
     def plans(self) -> dict[str, Plan | None]:
         return {installation.name: installation.plan for installation in self.installations}
 
-    def set(self, warmup_steps: int) -> None:
+    def set(self, warmup_steps: int, tolerance: float | None) -> None:
         for installation in self.installations:
-            installation.set(warmup_steps)
+            installation.set(warmup_steps, tolerance)
 
     def report(self) -> RunReport:
         """The run of the last denoiser call, over all denoisers; `ParallelizedError` before the first one."""

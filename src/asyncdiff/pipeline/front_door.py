@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdiff.config import Settings
+from asyncdiff.config import Settings, settle_warmup
 from asyncdiff.errors import ConfigurationError, ParallelizedError
 from asyncdiff.launch.default_group import torchrun_rank
 from asyncdiff.launch.spawn import SpawnedWorkers
@@ -47,9 +47,11 @@ def parallelize(
     *,
     num_stages: int | None = None,
     stride: int = 1,
-    warmup_steps: int = 1,
+    warmup_steps: int | str = 1,
+    tolerance: float | None = None,
     time_shift: bool = False,
     forecast: str = "linear",
+    freshness: str = "auto",
     partition: PartitionRequest = None,
     plan: Plan | Mapping[str, Plan] | None = None,
     runtime: str = "auto",
@@ -61,16 +63,31 @@ def parallelize(
     them. Without devices but with `num_stages`, all stages run in this process (runtime "local"): the image
     that as many devices would give. Under torchrun every rank calls this; ranks above 0 become workers and
     leave by `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`, `time_shift`: Chen et al. 2024,
-    sections 3.2-3.3; `forecast`: "linear" (docs/method.md, section 5) or "none", as in the paper.
-    `partition`: "chain", "nested", module names per stage, or None to choose the kind by speed, weights per
-    device and traffic. `plan`: a saved or edited plan, which then settles all of this but the runtime; for
-    several denoisers of different architectures one for each by name, as `handle.plans`. `compile`: every
-    device compiles its own blocks (`torch.compile`), unless they are compiled already. Raises
-    `ConfigurationError` before anything is started.
+    sections 3.2-3.3; `forecast`: "linear" or "damped" (docs/method.md, section 5), or "none", as in the
+    paper. `freshness`: "auto", so that a stage reads what arrives in time at the step it was produced in
+    (section 6), or "paper": one step late. `warmup_steps="auto"`: at least one step runs in order, and then
+    every one while the relative error of the forecast is above `tolerance` (0.3); `last_run.steps_in_order`
+    tells which. `partition`: "chain", "nested", module names per stage, or None to choose the kind by speed,
+    weights per device and traffic. `plan`: a saved or edited plan, which then settles all of this but the
+    runtime; for several denoisers of different architectures one for each by name, as `handle.plans`.
+    `compile`: every device compiles its own blocks (`torch.compile`), unless they are compiled already.
+    Raises `ConfigurationError` before anything is started.
     """
     denoisers = denoisers_of(pipe)
     _refuse_what_cannot_be_divided(pipe, denoisers)
-    wish = Wish(num_stages, stride, warmup_steps, time_shift, forecast, partition, plan, runtime, compile)
+    wish = Wish(
+        num_stages,
+        stride,
+        warmup_steps,
+        tolerance,
+        time_shift,
+        forecast,
+        freshness,
+        partition,
+        plan,
+        runtime,
+        compile,
+    )
     return divide(pipe, denoisers, device_of(denoisers.values()), devices, wish)
 
 
@@ -80,9 +97,11 @@ class Wish:
 
     num_stages: int | None = None
     stride: int = 1
-    warmup_steps: int = 1
+    warmup_steps: int | str = 1
+    tolerance: float | None = None
     time_shift: bool = False
     forecast: str = "linear"
+    freshness: str = "auto"
     partition: PartitionRequest = None
     plan: Plan | Mapping[str, Plan] | None = None
     runtime: str = "auto"
@@ -113,9 +132,7 @@ def divide(
         partitions = {name: each.stages for name, each in plans.items()}
     else:
         placement = settle_placement(devices, wish.num_stages, wish.stride, wish.runtime, device)
-        settings = Settings(
-            placement.num_stages, wish.stride, wish.warmup_steps, wish.time_shift, wish.forecast
-        )
+        settings = _settings(placement.num_stages, wish)
         partitions = dict.fromkeys(denoisers, wish.partition)
     for name, denoiser in denoisers.items():
         check_partition(partitions[name], settings, denoiser)
@@ -149,6 +166,13 @@ def divide(
     return handle
 
 
+def _settings(num_stages: int, wish: Wish) -> Settings:
+    warmup_steps, tolerance = settle_warmup(wish.warmup_steps, wish.tolerance)
+    return Settings(
+        num_stages, wish.stride, warmup_steps, wish.time_shift, wish.forecast, wish.freshness, tolerance
+    )
+
+
 def handle_of(pipe: Any) -> Handle:
     """The handle of a pipeline that is divided over devices, or shares its denoiser with one that is;
     `ParallelizedError` for any other."""
@@ -165,9 +189,11 @@ def plan(
     *,
     num_stages: int | None = None,
     stride: int = 1,
-    warmup_steps: int = 1,
+    warmup_steps: int | str = 1,
+    tolerance: float | None = None,
     time_shift: bool = False,
     forecast: str = "linear",
+    freshness: str = "auto",
     partition: PartitionRequest = None,
     profile: bool = False,
     speeds: Sequence[float] | None = None,
@@ -189,7 +215,8 @@ def plan(
     denoiser = next(iter(denoisers.values()))
     device = device_of(denoisers.values())
     placement = settle_placement(devices, num_stages, stride, "auto", device)
-    settings = Settings(placement.num_stages, stride, warmup_steps, time_shift, forecast)
+    wish = Wish(num_stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness)
+    settings = _settings(placement.num_stages, wish)
     check_partition(partition, settings, denoiser)
     check_speeds(settings.num_stages, stride, speeds)
     call = dict(example) if example is not None else {"prompt": ""}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import TracebackType
 
-from asyncdiff.config import check_count
+from asyncdiff.config import settle_warmup
 from asyncdiff.pipeline.division import Division
 from asyncdiff.pipeline.report import RunReport
 from asyncdiff.planner import Plan
@@ -47,9 +47,10 @@ class Handle:
         twice (a prior, then a decoder) makes two runs."""
         return self._division.report()
 
-    def set(self, *, warmup_steps: int) -> None:
-        """Change how many steps run in order, from the next run on; `ConfigurationError` below 1."""
-        self._division.set(check_count("warmup_steps", warmup_steps))
+    def set(self, *, warmup_steps: int | str, tolerance: float | None = None) -> None:
+        """Change how many steps run in order, from the next run on: as `parallelize` takes them;
+        `ConfigurationError` below 1."""
+        self._division.set(*settle_warmup(warmup_steps, tolerance))
 
     def remove(self) -> None:
         """Give the pipeline back as it was: its weights, its methods; end the workers. Safe to call twice.

@@ -221,10 +221,16 @@ class Installation:
         state.arguments[position.step] = argument.clone() if isinstance(argument, torch.Tensor) else argument
         if state.schedule.round_of(position.step).first_step == position.step:
             self._start_round(call, inputs, state)
-        return self.executor.prediction(call.run, position.channel, position.step)
+        leaves = self.executor.prediction(call.run, position.channel, position.step)
+        if state.settings.tolerance is not None:
+            *leaves, error = leaves
+            state.note_error(position.step, error.item())
+        return leaves
 
     def _start_round(self, call: PlacedCall, inputs: Inputs, state: ChannelState) -> None:
-        step = call.position.step
+        step, settings = call.position.step, state.settings
+        if settings.tolerance is not None and not state.error <= settings.tolerance:
+            state.run_in_order(step)
         conditions_of_call = Conditions(self.settings, call, inputs)
         if call.position.placed:
             conditions_of_call.observe()
@@ -238,10 +244,11 @@ class Installation:
             key=state.analysis.number,
             first_step=step,
             floats=inputs.floats(),
-            history_depth=2 if self.settings.forecast == "linear" else 1,
+            history_depth=1 if settings.forecast == "none" and settings.tolerance is None else 2,
             conditions=dict(conditions),
             timestep_name=timestep_name(inputs.names),
             latents_name=inputs.latents,
+            gauged=settings.forecast if settings.tolerance is not None else None,
         )
         self.executor.run_round(
             RoundCall(
@@ -260,6 +267,8 @@ class Installation:
         before, self._last_seen = self._last_seen, (call.run, call.position.channel, seen(inputs))
         if not call.position.placed or before is None or before[:2] != (call.run, call.position.channel):
             return None
+        if info.gauged is not None:
+            return None  # whether the next one runs in order is not known yet
         return following_round(call, inputs, info, state, before[2])
 
     def _channel_state(self, call: PlacedCall, analysis: Analysis) -> ChannelState:
@@ -273,9 +282,7 @@ class Installation:
     def _schedule(self, position: Position, analysis: Analysis) -> Schedule:
         """From this step to the end of the run; a call that cannot be placed is a run of one step."""
         num_steps = position.num_steps if position.placed and position.num_steps else position.step + 1
-        return schedule_for(
-            analysis.partition.kind, analysis.crossings, self.settings, position.step, num_steps
-        )
+        return schedule_for(analysis.partition.kind, analysis.wiring, self.settings, position.step, num_steps)
 
     # -- where a call stands ---------------------------------------------------------------------------------
 
@@ -409,19 +416,21 @@ class Installation:
 
     # -- the rest --------------------------------------------------------------------------------------------
 
-    def set(self, warmup_steps: int) -> None:
+    def set(self, warmup_steps: int, tolerance: float | None) -> None:
         """Change how many steps run in order, from the next run on."""
         with self._lock:
-            self.settings = replace(self.settings, warmup_steps=warmup_steps)
+            self.settings = replace(self.settings, warmup_steps=warmup_steps, tolerance=tolerance)
             if self.plan is not None:
-                self.plan = replace(self.plan, warmup_steps=warmup_steps)
+                self.plan = replace(self.plan, warmup_steps=warmup_steps, tolerance=tolerance)
 
     def recorded(self, run: int) -> RunRecord:
         """What was noted of a run, with what the workers hold now. Not before the first call."""
         return RunRecord(self._calls.get(run, []), self.executor.reports(run))
 
     def _note_call(self, call: PlacedCall, start_s: float) -> None:
-        record = CallRecord(call.position.step, call.position.channel, start_s, time.perf_counter())
+        position = call.position
+        in_order = self._channels[call.run, position.channel].schedule.round_of(position.step).in_order
+        record = CallRecord(position.step, position.channel, start_s, time.perf_counter(), in_order)
         self.last_call = (record.end_s, call.run)
         self._calls.setdefault(call.run, []).append(record)
 

@@ -14,12 +14,14 @@ _CATEGORIES = {"compute": COMPUTE, "wait": WAIT, "send": TRANSFER}
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One denoiser call as the driver saw it; times of `time.perf_counter()`."""
+    """One denoiser call as the driver saw it; times of `time.perf_counter()`. `in_order`: whether its stages
+    ran one after the other."""
 
     step: int
     channel: Hashable
     start_s: float
     end_s: float
+    in_order: bool
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class DeviceRound:
 
 @dataclass(frozen=True)
 class StepReport:
-    """`seconds`: how long the driver's denoiser calls of this step took. `devices`: per rank, the round that
-    began at this step (zeros where none did)."""
+    """`seconds`: how long the driver's denoiser calls of this step took. `in_order`: whether the stages ran
+    one after the other in any of them. `devices`: per rank, the round that began at this step (zeros where
+    none did)."""
 
     step: int
     seconds: float
+    in_order: bool
     devices: tuple[DeviceRound, ...]
 
     @property
@@ -62,6 +66,11 @@ class RunReport:
     device_peak_bytes: tuple[int, ...]
     devices: tuple[str, ...]
     timeline: Timeline
+
+    @property
+    def steps_in_order(self) -> tuple[int, ...]:
+        """The steps of warm-up, and those that `warmup_steps="auto"` added."""
+        return tuple(step.step for step in self.steps if step.in_order)
 
     @property
     def total_s(self) -> float:
@@ -132,8 +141,13 @@ def _step(step: int, calls: Sequence[CallRecord], workers: Sequence[WorkerReport
                 bytes_sent=sum(record.bytes_sent for record in rounds),
             )
         )
-    seconds = sum(call.end_s - call.start_s for call in calls if call.step == step)
-    return StepReport(step, seconds, tuple(devices))
+    own = [call for call in calls if call.step == step]
+    return StepReport(
+        step,
+        seconds=sum(call.end_s - call.start_s for call in own),
+        in_order=any(call.in_order for call in own),
+        devices=tuple(devices),
+    )
 
 
 def _timeline(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
+from asyncdiff.graph.wiring import Wiring
 from asyncdiff.pipeline.analysis import Analysis
 from asyncdiff.pipeline.noise_scheduler import scaled_inputs_of, timesteps_of
 from asyncdiff.pipeline.runs import PlacedCall
@@ -25,12 +27,16 @@ class ChannelState:
     """One channel of a run: which schedule it follows since `schedule.first_step`, for which input structure.
 
     `settings`: what the schedule was built from. `arguments`: timestep argument of the denoiser by step.
+    `in_order`: the steps after warm-up that run in order. `error`: the relative error of the forecasts, as
+    far as the last round's predictions told; infinite before any has.
     """
 
     analysis: Analysis
     settings: Settings
     schedule: Schedule
     arguments: dict[int, Any] = field(default_factory=dict)
+    in_order: frozenset[int] = frozenset()
+    error: float = math.inf
 
     def follows(self, position: Position, analysis: Analysis) -> bool:
         """Whether its states are those of the previous step of this structure."""
@@ -38,23 +44,45 @@ class ChannelState:
         return self.analysis is analysis and covers and position.first_step <= self.schedule.first_step
 
     def run_in_order(self, step: int) -> None:
-        """Lengthen warm-up up to and including `step`, which no round has been started for.
-
-        The states of the steps before it stay good: those of the last warm-up step have been sent to every
-        worker that reads them a round later.
+        """Run `step` in order, which no round has been started for. The states of the steps before it stay
+        good: those of the last step have been sent to every worker that reads them a round later.
         """
-        schedule = self.schedule
-        self.settings = replace(self.settings, warmup_steps=step + 1 - schedule.first_step)
+        self.in_order |= {step}
+        old = self.schedule
         self.schedule = schedule_for(
-            schedule.kind, self.analysis.crossings, self.settings, schedule.first_step, schedule.num_steps
+            old.kind, self.analysis.wiring, self.settings, old.first_step, old.num_steps, self.in_order
         )
+
+    def note_error(self, step: int, error: float) -> None:
+        """What came with the prediction for a step; of a round, the largest counts."""
+        is_first = self.schedule.round_of(step).first_step == step
+        self.error = error if is_first else max(self.error, error)
+
+
+def schedule_for(
+    kind: str,
+    wiring: Wiring,
+    settings: Settings,
+    first_step: int,
+    num_steps: int,
+    in_order: frozenset[int] = frozenset(),
+) -> Schedule:
+    """The schedule of the steps `first_step` to `num_steps - 1`, of which `in_order` run in order as those of
+    warm-up do."""
+    crossings, fresh_crossings = wiring.crossings, wiring.fresh_crossings
+    return _schedule_for(kind, crossings, fresh_crossings, settings, first_step, num_steps, in_order)
 
 
 @lru_cache(maxsize=64)
-def schedule_for(
-    kind: str, crossings: tuple[tuple[int, int], ...], settings: Settings, first_step: int, num_steps: int
+def _schedule_for(
+    kind: str,
+    crossings: tuple[tuple[int, int], ...],
+    fresh_crossings: tuple[tuple[int, int], ...],
+    settings: Settings,
+    first_step: int,
+    num_steps: int,
+    in_order: frozenset[int],
 ) -> Schedule:
-    """The schedule of the steps `first_step` to `num_steps - 1`."""
     return build_schedule(
         kind=kind,
         num_stages=settings.num_stages,
@@ -64,7 +92,10 @@ def schedule_for(
         first_step=first_step,
         time_shift=settings.time_shift,
         forecast=settings.forecast,
+        freshness=settings.freshness,
         crossings=crossings,
+        fresh_crossings=fresh_crossings,
+        in_order_steps=in_order,
     )
 
 

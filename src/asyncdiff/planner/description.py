@@ -19,9 +19,11 @@ def describe(plan: Plan) -> str:
 
 def _heading(plan: Plan) -> str:
     shift = ", time shift" if plan.time_shift else ""
+    more = f" or more (tolerance {plan.tolerance:g})" if plan.tolerance is not None else ""
     return (
         f"{plan.kind} of {plan.num_stages}, stride {plan.stride}, {plan.warmup_steps} warm-up "
-        f"step{'s' * (plan.warmup_steps != 1)}, forecast {plan.forecast}{shift}"
+        f"step{'s' * (plan.warmup_steps != 1)}{more}, forecast {plan.forecast}, "
+        f"freshness {plan.freshness}{shift}"
     )
 
 
@@ -53,8 +55,9 @@ def _share(amounts: tuple[float, ...], stage: int) -> str:
 def _summary(plan: Plan) -> list[str]:
     if plan.predictions is None:
         return []
+    late = f", {len(plan.fresh)} reads in time" if plan.fresh else ""
     return [
         f"balance {plan.predictions.balance:.3f} (1 is perfect), ideal speed-up "
         f"{plan.predictions.ideal_speedup:.2f}x, crossing "
-        f"{plan.predictions.crossing_bytes_per_step / 1e6:.2f} MB per step"
+        f"{plan.predictions.crossing_bytes_per_step / 1e6:.2f} MB per step{late}"
     ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from asyncdiff.errors import ConfigurationError
-from asyncdiff.graph import BlockGraph, BlockKey, Partition
+from asyncdiff.graph import Atom, BlockGraph, BlockKey, Partition
 
 
 def partition_by_names(graph: BlockGraph, stages: Sequence[Sequence[str]]) -> Partition:
@@ -78,3 +79,14 @@ def _check_owners(owners: dict[BlockKey, list[tuple[str, int]]]) -> None:
             f"The partition misses block{'s' * (len(missing) > 1)} {', '.join(missing[:5])}"
             f"{' ...' * (len(missing) > 5)}. Every block must be on exactly one stage."
         )
+
+
+def atom_of(name: str) -> Atom:
+    """The leaf that `str(atom)` names, such as `down_blocks.0[1]`; `ConfigurationError` for anything else."""
+    match = re.fullmatch(r"(?P<path>[^#\[\]]+)(#(?P<call>\d+))?\[(?P<leaf>\d+)\]", name)
+    if match is None:
+        raise ConfigurationError(
+            f"{name!r} is no leaf of a block: write its module's name and the number of the output, such as "
+            "'conv_in[0]'."
+        )
+    return Atom(match["path"], int(match["call"] or 0), int(match["leaf"]))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from asyncdiff.config import Settings, check_count
 from asyncdiff.errors import ConfigurationError
-from asyncdiff.graph import BlockGraph, Partition
+from asyncdiff.graph import Atom, BlockGraph, Partition
 from asyncdiff.planner.costs import estimate_driver_seconds, estimate_seconds
 from asyncdiff.planner.description import describe
-from asyncdiff.planner.names import block_name, partition_by_names
+from asyncdiff.planner.freshness import FreshRead, fresh_reads, leads
+from asyncdiff.planner.names import atom_of, block_name, partition_by_names
 from asyncdiff.planner.partitioning import DEFAULT_IMBALANCE, partition_chain, partition_nested
 from asyncdiff.planner.plan_file import fields_from_json, fields_to_json
 from asyncdiff.planner.predictions import Predictions, predict
@@ -24,8 +25,10 @@ class Plan:
 
     `kind`: `"chain"` or `"nested"`. `stages`: per stage, the module names of its blocks (`partition_by_names`
     says what a name covers). `devices`: one per rank (`num_stages + stride - 1`), or a single one that runs
-    all stages in turn. `threads_per_device`: intra-op threads of a CPU worker, None for whatever it has.
-    `predictions`: None where nothing was predicted. Raises `ConfigurationError` for values that do not fit.
+    all stages in turn. `fresh`: (leaf, reading segment) of what arrives in time to be read in the round
+    that produces it; with freshness "paper" nothing. `tolerance` as in `Settings`. `threads_per_device`:
+    intra-op threads of a CPU worker, None for whatever it has. `predictions`: None where nothing was
+    predicted. Raises `ConfigurationError` for values that do not fit.
     """
 
     kind: str
@@ -35,6 +38,9 @@ class Plan:
     warmup_steps: int = 1
     time_shift: bool = False
     forecast: str = "linear"
+    freshness: str = "auto"
+    fresh: tuple[tuple[str, int], ...] = ()
+    tolerance: float | None = None
     threads_per_device: int | None = None
     predictions: Predictions | None = None
 
@@ -49,6 +55,8 @@ class Plan:
                 f"{self.settings.num_workers} devices (num_stages + stride - 1), or one that runs them all "
                 f"in turn, but it lists {len(self.devices)}."
             )
+        if self.fresh and self.freshness == "paper":
+            raise ConfigurationError('A plan with freshness "paper" reads nothing fresh, but lists leaves.')
         if self.threads_per_device is not None:
             check_count("threads_per_device", self.threads_per_device)
 
@@ -58,11 +66,24 @@ class Plan:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.num_stages, self.stride, self.warmup_steps, self.time_shift, self.forecast)
+        return Settings(
+            self.num_stages,
+            self.stride,
+            self.warmup_steps,
+            self.time_shift,
+            self.forecast,
+            self.freshness,
+            self.tolerance,
+        )
 
     @property
     def num_workers(self) -> int:
         return self.settings.num_workers
+
+    @property
+    def fresh_atoms(self) -> frozenset[tuple[Atom, int]]:
+        """`fresh` by leaf and reading segment; `ConfigurationError` for what is no leaf's name."""
+        return frozenset((atom_of(name), reader) for name, reader in self.fresh)
 
     def partition(self, graph: BlockGraph) -> Partition:
         """The partition of this graph; `ConfigurationError` if the names do not divide it as `kind` says."""
@@ -140,6 +161,26 @@ def make_plan(
         raise ConfigurationError(
             f"num_stages={settings.num_stages}, but the partition has {partition.num_stages} stages."
         )
+    fresh: tuple[FreshRead, ...] = ()
+    if settings.freshness == "auto":
+        fresh = fresh_reads(
+            graph,
+            partition,
+            seconds,
+            stride=stride,
+            speeds=speeds,
+            driver_seconds=driver_seconds,
+            device_kind=device_kind,
+        )
+    predictions = predict(
+        graph,
+        partition,
+        seconds,
+        stride=stride,
+        speeds=speeds,
+        driver_seconds=driver_seconds,
+        fresh_leads=leads(fresh),
+    )
     return Plan(
         kind=partition.kind,
         stages=tuple(tuple(block_name(key, graph) for key in keys) for keys in partition.stages),
@@ -148,8 +189,9 @@ def make_plan(
         warmup_steps=settings.warmup_steps,
         time_shift=settings.time_shift,
         forecast=settings.forecast,
+        freshness=settings.freshness,
+        tolerance=settings.tolerance,
+        fresh=tuple((str(read.atom), read.reader) for read in fresh),
         threads_per_device=threads_per_device,
-        predictions=predict(
-            graph, partition, seconds, stride=stride, speeds=speeds, driver_seconds=driver_seconds
-        ),
+        predictions=predictions,
     )

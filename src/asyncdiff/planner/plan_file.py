@@ -35,7 +35,10 @@ def fields_from_json(text: str) -> dict[str, Any]:
             f"The plan has format version {version!r}, but this version of asyncdiff reads {FORMAT_VERSION}."
         )
     return _read_object(
-        "The plan", data, _PLAN, required=_PLAN.keys() - {"threads_per_device", "predictions"}
+        "The plan",
+        data,
+        _PLAN,
+        required=_PLAN.keys() - {"threads_per_device", "predictions", "freshness", "fresh", "tolerance"},
     )
 
 
@@ -72,6 +75,20 @@ def _list_of(read_item: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return read
 
 
+def _tuple_of(*read_items: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    def read(name: str, value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != len(read_items):
+            raise ConfigurationError(
+                f"In the plan, {name} must be a list of {len(read_items)}, not {value!r}."
+            )
+        return tuple(
+            read_item(f"{name}, place {place}", item)
+            for place, (read_item, item) in enumerate(zip(read_items, value, strict=True))
+        )
+
+    return read
+
+
 def _optional(read_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else read_value(name, value)
 
@@ -79,7 +96,7 @@ def _optional(read_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any
 def _read_predictions(name: str, value: Any) -> Predictions:
     if not isinstance(value, dict):
         raise ConfigurationError(f"In the plan, {name} must be an object, not {value!r}.")
-    required = _PREDICTIONS.keys() - {"driver_seconds", "speeds", "latents_stages"}
+    required = _PREDICTIONS.keys() - {"driver_seconds", "speeds", "latents_stages", "fresh_leads"}
     return Predictions(**_read_object(f"The plan's {name}", value, _PREDICTIONS, required))
 
 
@@ -95,6 +112,7 @@ _PREDICTIONS = {
     "driver_seconds": _exactly(float),
     "speeds": _optional(_list_of(_exactly(float))),
     "latents_stages": _optional(_list_of(_exactly(int))),
+    "fresh_leads": _list_of(_tuple_of(_exactly(int), _exactly(int), _exactly(float))),
 }
 _PLAN = {
     "kind": _exactly(str),
@@ -104,6 +122,9 @@ _PLAN = {
     "warmup_steps": _exactly(int),
     "time_shift": _exactly(bool),
     "forecast": _exactly(str),
+    "freshness": _exactly(str),
+    "tolerance": _optional(_exactly(float)),
+    "fresh": _list_of(_tuple_of(_exactly(str), _exactly(int))),
     "threads_per_device": _optional(_exactly(int)),
     "predictions": _optional(_read_predictions),
 }

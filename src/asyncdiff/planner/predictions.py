@@ -25,7 +25,9 @@ class Predictions:
     `prediction_bytes`: of one prediction. `parameter_bytes`: the weights each stage holds.
     `driver_seconds`: the pipeline's own work per step; `speeds`: of each rank (None: all equal); both as
     they were assumed. `latents_stages`: those that read what is new at every step, None where that is not
-    known; the others can go ahead while the driver works.
+    known; the others can go ahead while the driver works. `fresh_leads`: (producing segment, reading segment,
+    seconds) where leaves are read in the round that produces them: how much later the reader must start than
+    the producer.
     """
 
     segment_seconds: tuple[float, ...]
@@ -39,6 +41,7 @@ class Predictions:
     driver_seconds: float = 0.0
     speeds: tuple[float, ...] | None = None
     latents_stages: tuple[int, ...] | None = None
+    fresh_leads: tuple[tuple[int, int, float], ...] = ()
 
 
 def predict(
@@ -49,6 +52,7 @@ def predict(
     stride: int = 1,
     speeds: Sequence[float] | None = None,
     driver_seconds: float = 0.0,
+    fresh_leads: tuple[tuple[int, int, float], ...] = (),
 ) -> Predictions:
     """The predictions for a partition; `seconds` per block, `speeds` per rank and `driver_seconds` as in
     `partition_chain`.
@@ -79,6 +83,7 @@ def predict(
         driver_seconds=driver_seconds,
         speeds=None if speeds is None else tuple(speeds),
         latents_stages=_latents_stages(graph, segments) if graph.latents else None,
+        fresh_leads=fresh_leads,
     )
 
 

@@ -25,6 +25,7 @@ def simulate(
         machine,
         segment_seconds=plan.predictions.segment_seconds,
         transfer_bytes=transfer_bytes,
+        fresh_leads={(producer, reader): lead_s for producer, reader, lead_s in plan.predictions.fresh_leads},
         prediction_bytes=plan.predictions.prediction_bytes,
         driver_seconds=plan.predictions.driver_seconds if driver_seconds is None else driver_seconds,
         # A timestep on another device cannot be looked at without waiting: nobody is told of it in advance.
@@ -43,5 +44,7 @@ def schedule_of(plan: Plan, num_steps: int) -> Schedule:
         num_steps=num_steps,
         time_shift=plan.time_shift,
         forecast=plan.forecast,
+        freshness=plan.freshness,
         crossings=[(producer, reader) for producer, reader, _ in plan.predictions.crossing_bytes],
+        fresh_crossings=[(producer, reader) for producer, reader, _ in plan.predictions.fresh_leads],
     )

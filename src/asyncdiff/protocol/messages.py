@@ -165,7 +165,8 @@ class RoundInfo:
 
     `key`: the input structure. `floats`: inputs that are numbers. `history_depth`: how many versions of a
     foreign value later rounds may read. `conditions`: by condition step, what replaces the call's own
-    timestep and scale of the latents.
+    timestep and scale of the latents. `gauged`: the forecast whose relative error is to be told with every
+    prediction, None if it is not wanted.
     """
 
     run: int
@@ -177,6 +178,7 @@ class RoundInfo:
     conditions: dict[int, Condition] = field(default_factory=dict)
     timestep_name: str | None = None
     latents_name: str | None = None
+    gauged: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ The same code runs in the local executor, in the driver (rank 0) and in the work
 
 from __future__ import annotations
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +19,12 @@ from asyncdiff.graph.wiring import Wiring
 from asyncdiff.protocol.messages import LatentsScale, RoundInfo, RoundRecord
 from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.runtime.link import Link, Parcel, Pending, Stream
+from asyncdiff.runtime.trend import Trend
 from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Value
 from asyncdiff.stage import StageReplica
 from asyncdiff.weights.ownership import empty_tensor
+
+_ERROR = TensorSpec((), (), "float32")
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class StageInterpreter:
                 for atom, spec in wiring.crossing[op.value.segment, self._rank_stages[op.to_rank]]:
                     yield (op.to_rank, _state_parcel(task, op.value, atom, op.to_rank)), spec
             elif isinstance(op, SendPrediction):
-                for leaf, spec in enumerate(wiring.outputs):
+                for leaf, spec in enumerate(_prediction_specs(task, wiring)):
                     yield (0, _prediction_parcel(task, op.step, leaf)), spec
 
     def _pay(self, rank: int, parcel: Parcel, tensor: torch.Tensor, clock: _Clock) -> None:
@@ -164,7 +169,7 @@ class StageInterpreter:
     def _receive_prediction(self, task: RoundTask, wiring: Wiring, op: Predict) -> list[Pending]:
         return [
             self._link.receive(op.from_rank, _prediction_parcel(task, op.step, leaf), spec)
-            for leaf, spec in enumerate(wiring.outputs)
+            for leaf, spec in enumerate(_prediction_specs(task, wiring))
         ]
 
     # -- one forward of the stage --
@@ -175,11 +180,15 @@ class StageInterpreter:
         first = next(iter(computes.values()))
         self.where = (first.step, f"forward of stage {self.stage}")
         recipients = _recipients(task.ops, computes)
+        missed: list[torch.Tensor] = []
 
-        def read(segment: int, atom: Atom) -> torch.Tensor:
-            how = next(r for r in computes[segment].reads if r.segment == wiring.segment_of[atom.block])
+        def read(segment: int, atom: Atom, out: torch.Tensor | None) -> torch.Tensor:
+            source = (wiring.segment_of[atom.block], atom in wiring.fresh[segment])
+            how = next(r for r in computes[segment].reads if (r.segment, r.fresh) == source)
             with clock.measure(f"wait for {how.newest}", "wait"):
-                return states.read(how, atom)
+                if task.info.gauged is not None and not how.fresh:
+                    missed.extend(states.gauge(how.newest, atom, task.info.gauged))
+                return states.read(how, atom, out)
 
         def emit(atom: Atom, tensor: torch.Tensor) -> None:
             segment = wiring.segment_of[atom.block]
@@ -190,7 +199,15 @@ class StageInterpreter:
 
         with clock.measure(f"stage {self.stage} step {first.step}", "compute"):
             output = self._replica.run(task.info.key, *_conditioned(task, first), read, emit)
+        if output is not None and task.info.gauged is not None:
+            output.append(self._largest(missed))
         self._deliver(task, first.step, output, clock)
+
+    def _largest(self, errors: list[torch.Tensor]) -> torch.Tensor:
+        """Of what a forward has read; 0 if that was nothing."""
+        if not errors:
+            return torch.zeros((), device=self._device)
+        return torch.stack(errors).max()
 
     def _deliver(self, task: RoundTask, step: int, output: list[torch.Tensor] | None, clock: _Clock) -> None:
         for op in task.ops:
@@ -208,21 +225,43 @@ class States:
 
     def __init__(self) -> None:
         self._pending: dict[Value, dict[Atom, Pending]] = {}
+        self._trends: defaultdict[Atom, Trend] = defaultdict(Trend)
 
     def expect(self, value: Value, leaves: dict[Atom, Pending]) -> None:
         """Note a value that is on its way."""
         self._pending[value] = leaves
 
-    def read(self, how: Read, atom: Atom) -> torch.Tensor:
-        """The leaf as the read says: one version, or the line through two.
+    def read(self, how: Read, atom: Atom, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The leaf as the read says: one version, or the line through two; in `out` if that is given.
 
         `lerp(newest, older, -r)` is newest + r (newest - older) in one kernel with float32 arithmetic inside.
         """
         newest = self._pending[how.newest][atom].wait()
         if len(how.terms) == 1 or not newest.is_floating_point():
-            return newest
+            return newest if out is None else out.copy_(newest)
         older = self._pending[how.terms[1].value][atom].wait()
-        return torch.lerp(newest, older, how.terms[1].weight)
+        weight: float | torch.Tensor = how.terms[1].weight
+        if how.damped:
+            trend = self._trends[atom]
+            trend.observe(newest, older, (how.terms[0].value.step, how.terms[1].value.step))
+            weight = trend.damping * weight
+            if isinstance(weight, torch.Tensor):
+                weight = weight.to(newest.dtype)
+        return torch.lerp(newest, older, weight, out=out)
+
+    def gauge(self, value: Value, atom: Atom, forecast: str) -> list[torch.Tensor]:
+        """The relative error of what was forecast of a leaf: infinite where there was nothing to forecast it
+        from, and none for what is not forecast."""
+        newest = self._pending[value][atom].wait()
+        if not newest.is_floating_point():
+            return []
+        before = [each for each in self._pending if each.segment == value.segment and each.step < value.step]
+        if not before:
+            return [torch.full((), math.inf, device=newest.device)]
+        older = max(before, key=lambda each: each.step)
+        trend = self._trends[atom]
+        trend.observe(newest, self._pending[older][atom].wait(), (value.step, older.step))
+        return [trend.error(forecast)]
 
     def forget_before(self, depth: int) -> None:
         """Keep the newest `depth` versions per segment."""
@@ -333,6 +372,11 @@ def _scaled(model_input: torch.Tensor, scale: LatentsScale) -> torch.Tensor:
 def _computed(output: list[torch.Tensor] | None) -> list[torch.Tensor]:
     assert output is not None, "the stage that predicts returned no output"
     return output
+
+
+def _prediction_specs(task: RoundTask, wiring: Wiring) -> tuple[TensorSpec, ...]:
+    """Of the leaves of a prediction, and of the error that comes with it if it is asked for."""
+    return wiring.outputs if task.info.gauged is None else (*wiring.outputs, _ERROR)
 
 
 def _state_parcel(task: RoundTask, value: Value, atom: Atom, to_rank: int) -> Parcel:

@@ -46,7 +46,8 @@ def announce(
     """Which ranks can be told of a round of which only `call.tensors` is known; None where none can.
 
     `needed`: the inputs that each stage reads. A rank that would wait in the round for one that is not told
-    is none of them: whatever becomes of the round, nobody is stuck in it.
+    is none of them, unless that is the driver's, which will be waited for only until it asks for anything
+    else: whatever becomes of the round, nobody is stuck in it.
     """
     ranks = {
         rank
@@ -55,7 +56,7 @@ def announce(
         and any(isinstance(op, Compute) for op in ops)
         and all(name in call.tensors for name in needed[rank_stages[rank]])
     }
-    while waiting := {rank for rank in ranks if not _waits_for(call.round.ops[rank]) <= ranks}:
+    while waiting := {rank for rank in ranks if not _waits_for(call.round.ops[rank]) <= ranks | {0}}:
         ranks -= waiting
     if not ranks:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -59,6 +60,8 @@ from asyncdiff.weights.source import checksum
 
 _INLINE_BYTES = 1024
 _SETTLE_S = 0.3
+# Wrong guesses of a run, each of which makes a round of some workers be run twice.
+_MOST_UNFORESEEN = 3
 _session_numbers = itertools.count()
 
 
@@ -127,7 +130,7 @@ class RemoteExecutor:
         self._members: tuple[int, ...] = ()
         self._last_inputs: dict[tuple[int, int, Hashable], dict[str, tuple[torch.Tensor, int]]] = {}
         self._announcement: Announcement | None = None
-        self._unforeseen: set[int] = set()  # runs that did not go on as announced
+        self._unforeseen: Counter[int] = Counter()  # how often a run did not go on as announced
         self._runs: set[int] = set()
         self._aborted: set[int] = set()
         self._ended: tuple[int, ...] = ()
@@ -147,6 +150,7 @@ class RemoteExecutor:
     # -- setting up --
 
     def _open(self, threads: list[int | None], host: str, preload: tuple[str, ...]) -> None:
+        self._end_announced_by_others()
         numbers = {}
         for rank, connection in self._connections():
             connection.open_session(self._session)
@@ -214,7 +218,7 @@ class RemoteExecutor:
         rank_stages: tuple[int, ...],
         held: Mapping[int, Collection[str]],
     ) -> None:
-        self._end_announced()
+        self._end_all_announced()  # before anything is forgotten that it needs
         self._needed.clear()
         self._last_inputs.clear()
         self._rank_stages = rank_stages
@@ -274,8 +278,6 @@ class RemoteExecutor:
         self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()
     ) -> None:
         self._refuse_if_broken()
-        if self._announcement is not None and self._announcement.call.info.key in discarded:
-            self._end_announced()
         replica, interpreter = self._replica, self._interpreter
         assert replica is not None
         assert interpreter is not None
@@ -304,6 +306,7 @@ class RemoteExecutor:
         assert interpreter is not None
         self._note_progress("waiting for what its own stage reads", step)
         with self._failing(call.info.run):
+            self._end_announced_by_others()
             with interrupts_deferred():  # once one worker has its part of a round, all must have theirs
                 told = self._told_already(call)
                 self._begin(call.info.run)
@@ -346,7 +349,7 @@ class RemoteExecutor:
         if run not in self._runs:
             return
         self._runs.discard(run)
-        self._unforeseen.discard(run)
+        self._unforeseen.pop(run, None)
         for _, connection in self._connections():
             connection.end_run(self._session, run)
         assert self._interpreter is not None
@@ -395,7 +398,7 @@ class RemoteExecutor:
     def _announce(self, call: RoundCall) -> None:
         """Tell the workers that can of the next round: they do their part of it while the noise scheduler is
         at work here."""
-        if call.info.run in self._unforeseen:
+        if self._unforeseen[call.info.run] >= _MOST_UNFORESEEN:
             return
         self._announcement = announce(call, self._needed[call.info.key], self._rank_stages)
         if self._announcement is not None:
@@ -411,7 +414,7 @@ class RemoteExecutor:
         if announcement.came_true(call):
             self._announcement = None
             return announcement.ranks
-        self._unforeseen.add(announcement.call.info.run)
+        self._unforeseen[announcement.call.info.run] += 1
         self._end_announced()
         return frozenset()
 
@@ -428,6 +431,17 @@ class RemoteExecutor:
                     RoundMessage(self._session, call.info, call.round.ops[rank], inputs=(), is_void=True)
                 )
         self._interpreter.skip_round(call.task(0), self._lost)
+
+    def _end_all_announced(self) -> None:
+        """Workers that went ahead may be waiting for this process, and hear of nothing else until then."""
+        self._end_announced()
+        self._end_announced_by_others()
+
+    def _end_announced_by_others(self) -> None:
+        for executor in self._workers.users.executors:
+            if executor is not self:
+                with suppress(WorkerLostError, RuntimeError):  # its user is told when it asks for something
+                    executor._end_announced()
 
     # -- what goes wrong --
 
@@ -651,6 +665,7 @@ class RemoteExecutor:
 
     def _request(self, messages: Mapping[int, object]) -> dict[int, int]:
         """Send each rank its message; the numbers of the requests."""
+        self._end_all_announced()
         connections = self._workers.connections
         return {rank: connections[rank].request(self._session, message) for rank, message in messages.items()}
 

@@ -8,7 +8,7 @@ N stages, S stride; b the first step of a round; E and Z the two segments of sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from asyncdiff.config import Settings, check_count
@@ -30,23 +30,38 @@ def build_schedule(
     first_step: int = 0,
     time_shift: bool = False,
     forecast: str = "linear",
+    freshness: str = "auto",
     crossings: Iterable[tuple[int, int]] | None = None,
+    fresh_crossings: Iterable[tuple[int, int]] = (),
+    in_order_steps: Collection[int] = (),
 ) -> Schedule:
     """The schedule of steps `first_step` to `num_steps - 1`; warm-up is the first `warmup_steps` of them.
 
     `crossings`: the (producing segment, reading segment) pairs between which the graph hands anything over
-    (`crossing_atoms`); None for every pair that can exist. Raises `ConfigurationError` for settings that
-    have no schedule.
+    that is read late (`Wiring.crossings`); None for every pair that can exist. `fresh_crossings`: those
+    between which it hands over anything that is read in the round that produces it, with freshness "auto".
+    `in_order_steps`: steps that run in order after warm-up, where a round would begin with them.
+    Raises `ConfigurationError` for settings that have no schedule.
     """
-    settings = Settings(num_stages, stride, warmup_steps, time_shift, forecast)
+    settings = Settings(num_stages, stride, warmup_steps, time_shift, forecast, freshness)
     check_count("first_step", first_step, least=0)
     check_count("num_steps", num_steps, least=first_step + 1)
     stages = _segment_stages(kind, num_stages)
-    rules = _Rules(settings, stages, first_step, _checked_crossings(stages, crossings))
+    if freshness == "paper" and fresh_crossings:
+        raise ConfigurationError('freshness="paper" reads nothing in the round that produces it.')
+    rules = _Rules(
+        settings,
+        stages,
+        first_step,
+        _checked_crossings(stages, crossings),
+        _checked_crossings(stages, fresh_crossings),
+        frozenset(in_order_steps),
+    )
     drafts = _drop_unused(list(_draft_rounds(rules, num_steps)), rules)
     return Schedule(
         kind=kind, num_stages=num_stages, stride=stride, warmup_steps=warmup_steps, num_steps=num_steps,
-        first_step=first_step, time_shift=time_shift, forecast=forecast, segment_stage=stages,
+        first_step=first_step, time_shift=time_shift, forecast=forecast, freshness=freshness,
+        segment_stage=stages,
         rounds=place_transfers(drafts, settings.num_workers, rules.last_segment),
     )  # fmt: skip
 
@@ -82,6 +97,8 @@ class _Rules:
     segment_stage: tuple[int, ...]
     first_step: int
     crossings: frozenset[tuple[int, int]]
+    fresh_crossings: frozenset[tuple[int, int]]
+    in_order_steps: frozenset[int]
 
     @property
     def last_segment(self) -> int:
@@ -90,6 +107,13 @@ class _Rules:
     @property
     def warmup_end(self) -> int:
         return self.first_step + self.settings.warmup_steps
+
+    @property
+    def forecasts(self) -> bool:
+        return self.settings.forecast != "none"
+
+    def is_in_order(self, step: int) -> bool:
+        return step < self.warmup_end or step in self.in_order_steps
 
     def runs_per_step(self, segment: int) -> bool:
         """Whether the segment is of the replicated stage, the one that runs once per step of a round."""
@@ -106,8 +130,13 @@ class _Rules:
         """The step whose timestep conditions an evaluation for `step` (section 4)."""
         return step - 1 if self.settings.time_shift and step >= self.warmup_end else step
 
-    def producers(self, reader: int) -> list[int]:
-        return [producer for producer in range(reader) if (producer, reader) in self.crossings]
+    def sources(self, reader: int) -> Iterator[tuple[int, bool]]:
+        """(producer, whether it is read fresh) for everything that a segment reads."""
+        for producer in range(reader):
+            if (producer, reader) in self.crossings:
+                yield producer, False
+            if (producer, reader) in self.fresh_crossings:
+                yield producer, True
 
 
 def _draft_rounds(rules: _Rules, num_steps: int) -> Iterator[Draft]:
@@ -115,7 +144,7 @@ def _draft_rounds(rules: _Rules, num_steps: int) -> Iterator[Draft]:
     states: tuple[int, ...] = ()  # labels of the states there are, newest first; two at most are ever read
     start = rules.first_step
     while start < num_steps:
-        if start < rules.warmup_end:
+        if rules.is_in_order(start):
             draft = Draft((start,), True, tuple(_in_order(rules, start)))
         else:
             steps = tuple(range(start, min(start + rules.settings.stride, num_steps)))
@@ -128,31 +157,38 @@ def _draft_rounds(rules: _Rules, num_steps: int) -> Iterator[Draft]:
 def _in_order(rules: _Rules, step: int) -> Iterator[tuple[int, Compute]]:
     """The stages one after the other, each reading what was just produced."""
     for segment in range(rules.last_segment + 1):
-        reads = tuple(_fresh(producer, step) for producer in rules.producers(segment))
+        reads = tuple(_as_it_is(producer, step, fresh) for producer, fresh in rules.sources(segment))
         yield rules.rank(segment, 0), Compute(segment, step, Value(segment, step), step, step, reads)
 
 
 def _in_parallel(
     rules: _Rules, steps: tuple[int, ...], states: tuple[int, ...]
 ) -> Iterator[tuple[int, Compute]]:
-    """An asynchronous round: the replicated stage once per step, the others once for the whole round."""
+    """An asynchronous round: the replicated stage once per step, the others once for the whole round.
+
+    The paper conditions the latter on the timestep of the last step. A forecast needs to know which step a
+    state belongs to, so with one they are conditioned on that of the first, whose latents they read.
+    """
+    b = steps[0]
+    shared_step = b if rules.forecasts else steps[-1]
     for segment in range(rules.last_segment + 1):
         if rules.runs_per_step(segment):
             for copy, step in enumerate(steps):
                 label = _copy_label(rules, segment, copy, steps)
-                yield rules.rank(segment, copy), _compute(rules, segment, step, label, steps[0], step, states)
+                yield rules.rank(segment, copy), _compute(rules, segment, step, label, b, step, states)
         else:
-            b = steps[0]
-            yield rules.rank(segment, 0), _compute(rules, segment, b, b, b, steps[-1], states)
+            yield rules.rank(segment, 0), _compute(rules, segment, b, b, b, shared_step, states)
 
 
 def _copy_label(rules: _Rules, segment: int, copy: int, steps: tuple[int, ...]) -> int:
-    """The step in the name of what a copy of the replicated stage produces: the one it runs for, but in E.
+    """The step in the name of what a copy of the replicated stage produces: the one it runs for, but in E
+    without a forecast.
 
-    The inner stages read E of the last copy (it has their timestep) as the state of the round, so that is
-    labelled b. Copy 0, whose own E only its Z uses, takes the label that this leaves over.
+    The inner stages read E of the copy that has their timestep as the state of the round, so that is
+    labelled b. Where it is the last one, copy 0, whose own E only its Z uses, takes the label that this
+    leaves over.
     """
-    if rules.is_outer_start(segment):
+    if rules.is_outer_start(segment) and not rules.forecasts:
         return {0: steps[-1], len(steps) - 1: steps[0]}.get(copy, steps[copy])
     return steps[copy]
 
@@ -161,24 +197,32 @@ def _compute(
     rules: _Rules, segment: int, step: int, label: int, b: int, timed_step: int, states: tuple[int, ...]
 ) -> Compute:
     """One asynchronous computation; `timed_step`: whose timestep conditions it, before time shift."""
-    reads = tuple(_read(rules, producer, b, timed_step, states) for producer in rules.producers(segment))
+    reads = tuple(
+        _read(rules, producer, fresh, b, timed_step, states) for producer, fresh in rules.sources(segment)
+    )
     return Compute(segment, step, Value(segment, label), b, rules.condition(timed_step), reads)
 
 
-def _fresh(producer: int, step: int) -> Read:
-    return Read(producer, (Term(Value(producer, step), 1.0),))
+def _as_it_is(producer: int, step: int, fresh: bool) -> Read:
+    return Read(producer, (Term(Value(producer, step), 1.0),), fresh)
 
 
-def _read(rules: _Rules, producer: int, b: int, needed_step: int, states: tuple[int, ...]) -> Read:
-    """E of this round where that is the producer (section 6), else the newest state of earlier rounds, or the
-    line through the two newest continued to the step needed (section 5)."""
-    if rules.is_outer_start(producer):
-        return _fresh(producer, b)
-    newest = Value(producer, states[0])
-    if rules.settings.forecast == "none" or len(states) < 2:
-        return Read(producer, (Term(newest, 1.0),))
-    r = (needed_step - states[0]) / (states[0] - states[1])
-    return Read(producer, (Term(newest, 1.0 + r), Term(Value(producer, states[1]), -r)))
+def _read(
+    rules: _Rules, producer: int, fresh: bool, b: int, needed_step: int, states: tuple[int, ...]
+) -> Read:
+    """The newest state: of this round if it is read fresh (section 6), else of earlier rounds; or the line
+    through the two newest continued to the step needed (section 5).
+
+    E is read as it is: the inner stages have the timestep of the copy that made it.
+    """
+    if rules.is_outer_start(producer) and rules.settings.freshness == "auto":
+        return _as_it_is(producer, b, fresh)
+    labels = (b, *states) if fresh else states
+    if not rules.forecasts or len(labels) < 2 or needed_step == labels[0]:
+        return _as_it_is(producer, labels[0], fresh)
+    r = (needed_step - labels[0]) / (labels[0] - labels[1])
+    terms = (Term(Value(producer, labels[0]), 1.0 + r), Term(Value(producer, labels[1]), -r))
+    return Read(producer, terms, fresh, damped=rules.settings.forecast == "damped")
 
 
 def _drop_unused(drafts: list[Draft], rules: _Rules) -> list[Draft]:

@@ -34,11 +34,15 @@ class Read:
 
     `((Value(k, s), 1.0),)` reads one version as it is; `((a, 1 + r), (b, -r))` is the linear forecast of
     docs/method.md section 5, newest first. Only floating-point leaves are forecast; others take the newest
-    version.
+    version. `fresh`: holds for those leaves of the segment that arrive in time to be read in the round that
+    produces them (section 6); another read holds for the others. `damped`: the line's slope is multiplied by
+    how well the last changes of each leaf have followed those before.
     """
 
     segment: int
     terms: tuple[Term, ...]
+    fresh: bool = False
+    damped: bool = False
 
     @property
     def newest(self) -> Value:
@@ -51,8 +55,9 @@ class Compute:
 
     `step`: the step it runs for (a copy of the replicated stage: the step it predicts). `value`: what it
     produces. `input_step`: the step whose denoiser inputs (latents, conditions) it reads. `condition_step`:
-    the step whose timestep conditions it (time shift included). `reads`: one per foreign segment it reads
-    from. Computes of one worker with the same `step` are one forward of its stage.
+    the step whose timestep conditions it (time shift included). `reads`: of each foreign segment it reads
+    from one, or two where some leaves are read fresh. Computes of one worker with the same `step` are one
+    forward of its stage.
     """
 
     segment: int

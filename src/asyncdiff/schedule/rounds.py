@@ -42,6 +42,7 @@ class Schedule:
     first_step: int
     time_shift: bool
     forecast: str
+    freshness: str
     segment_stage: tuple[int, ...]
     rounds: tuple[Round, ...]
 

@@ -8,9 +8,10 @@ from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Term, Value
 from asyncdiff.schedule.rounds import Round, Schedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SETTINGS = (
     "kind", "num_stages", "stride", "warmup_steps", "num_steps", "first_step", "time_shift", "forecast",
+    "freshness",
 )  # fmt: skip
 
 
@@ -85,10 +86,10 @@ def _op_from_dict(data: dict[str, Any]) -> Op:
 
 
 def _read_to_dict(read: Read) -> dict[str, Any]:
-    return {"segment": read.segment, "terms": [[*term.value, term.weight] for term in read.terms]}
+    terms = [[*term.value, term.weight] for term in read.terms]
+    return {"segment": read.segment, "terms": terms, "fresh": read.fresh, "damped": read.damped}
 
 
 def _read_from_dict(data: dict[str, Any]) -> Read:
-    return Read(
-        data["segment"], tuple(Term(Value(segment, step), weight) for segment, step, weight in data["terms"])
-    )
+    terms = tuple(Term(Value(segment, step), weight) for segment, step, weight in data["terms"])
+    return Read(data["segment"], terms, data["fresh"], data["damped"])

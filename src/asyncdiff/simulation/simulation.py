@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
 from asyncdiff.errors import ConfigurationError
-from asyncdiff.schedule.ops import Compute, Op, Predict, Recv, Send, SendPrediction, Value
+from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Value
 from asyncdiff.schedule.rounds import Schedule
 from asyncdiff.simulation.machine import Machine
 from asyncdiff.simulation.timeline import COMPUTE, DRIVER, TRANSFER, WAIT, Span, Timeline
@@ -21,13 +21,17 @@ def simulate(
     prediction_bytes: float = 0.0,
     driver_seconds: float = 0.0,
     latents_stages: Collection[int] | None = None,
+    fresh_leads: Mapping[tuple[int, int], float] | None = None,
 ) -> Timeline:
     """The timeline of one run of a valid schedule on a machine.
 
     `segment_seconds`: one per segment, on a device of speed 1. `transfer_bytes`: (producing segment, reading
     segment) -> bytes, as `crossing_bytes` gives them; pairs that are missing send nothing but a message of no
     bytes. `driver_seconds`: the pipeline's own work after each prediction. `latents_stages`: the stages that
-    read what the driver makes of a prediction, None for all.
+    read what the driver makes of a prediction, None for all. `fresh_leads`: (producing segment, reading
+    segment) -> how many seconds after the producer's start, on a device of speed 1, the reader can start so
+    that the leaves it reads fresh are there when it comes to them (`fresh_reads`); pairs that are missing
+    wait for the whole segment.
 
     A worker starts a round when the driver dispatches it, one latency after the driver has finished the step
     before (the latents' own bytes are left out); one whose stage reads no latents is told of a round when the
@@ -49,7 +53,14 @@ def simulate(
         for rank in range(schedule.num_workers)
     ]
     run = _Run(
-        schedule, machine, tuple(segment_seconds), transfer_bytes, prediction_bytes, driver_seconds, waiting
+        schedule,
+        machine,
+        tuple(segment_seconds),
+        transfer_bytes,
+        prediction_bytes,
+        driver_seconds,
+        waiting,
+        fresh_leads or {},
     )
     return run.finish()
 
@@ -66,6 +77,7 @@ class _Run:
         prediction_bytes: float,
         driver_seconds: float,
         waits_for_driver: Sequence[bool],
+        fresh_leads: Mapping[tuple[int, int], float],
     ) -> None:
         self.schedule = schedule
         self.machine = machine
@@ -74,6 +86,9 @@ class _Run:
         self.prediction_bytes = prediction_bytes
         self.driver_seconds = driver_seconds
         self.waits_for_driver = waits_for_driver
+        self.fresh_leads = fresh_leads
+        self.started: dict[Value, tuple[float, float]] = {}  # when, and at which speed
+        self.is_in_order = True
         self.readers = _reading_segments(schedule)
         self.clock = [0.0] * schedule.num_workers
         self.dispatched_s = self.dispatched_before_s = 0.0
@@ -87,6 +102,7 @@ class _Run:
 
     def finish(self) -> Timeline:
         for round_ in self.schedule.rounds:
+            self.is_in_order = round_.in_order
             self.speed_in_round = 1.0 if round_.in_order else self.machine.busy_speed
             self._play_round([deque(ops) for ops in round_.ops])
             self.dispatched_before_s, self.dispatched_s = self.dispatched_s, self.clock[0]
@@ -119,19 +135,36 @@ class _Run:
         return True
 
     def _compute(self, rank: int, op: Compute) -> bool:
-        foreign = [term.value for read in op.reads for term in read.terms]
-        if any((value, rank) not in self.available_s for value in foreign):
+        arrivals = [
+            self._arrival(rank, op.segment, read, term.value) for read in op.reads for term in read.terms
+        ]
+        known = [arrived_s for arrived_s in arrivals if arrived_s is not None]
+        if len(known) < len(arrivals):
             return False
         dispatched_s = self.dispatched_s if self.waits_for_driver[rank] else self.dispatched_before_s
         dispatched_s += self.machine.latency_s if rank else 0.0
-        arrived_s = max((self.available_s[value, rank] for value in foreign), default=0.0)
-        start_s = self._wait_until(rank, max(dispatched_s, arrived_s), str(op.value))
+        start_s = self._wait_until(rank, max(dispatched_s, *known, 0.0), str(op.value))
         speed = self.machine.device_speeds[rank] * self.speed_in_round
+        self.started[op.value] = (start_s, speed)
         seconds = self.segment_seconds[op.segment] / speed
         self._occupy(rank, f"C{op.segment} step {op.step}", start_s + seconds, COMPUTE)
         if op.segment == self.schedule.num_segments - 1 and rank == 0:
             self.prediction_s[op.step] = self.clock[0]
         return True
+
+    def _arrival(self, rank: int, reader: int, read: Read, value: Value) -> float | None:
+        """From when on a value does not hold up a computation that starts; None while that is not known.
+
+        Of what is read fresh only some leaves count, which are sent before the segment ends and needed after
+        the reader has begun.
+        """
+        lead_s = self.fresh_leads.get((read.segment, reader))
+        if not read.fresh or value != read.newest or lead_s is None or self.is_in_order:
+            return self.available_s.get((value, rank))
+        if value not in self.started:
+            return None
+        start_s, speed = self.started[value]
+        return start_s + lead_s / speed + self.machine.latency_s
 
     def _predict(self, op: Predict) -> bool:
         if op.step not in self.prediction_s:

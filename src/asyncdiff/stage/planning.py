@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.graph import Atom, BlockGraph, Partition, Segment, crossing_atoms
 from asyncdiff.stage.spec import (
@@ -22,17 +24,25 @@ from asyncdiff.trace.provenance import Provenance, provenance
 from asyncdiff.trace.recording import Leaf, Recording
 
 
-def stage_spec(recording: Recording, graph: BlockGraph, partition: Partition, stage: int) -> StageSpec:
+def stage_spec(
+    recording: Recording,
+    graph: BlockGraph,
+    partition: Partition,
+    stage: int,
+    fresh: Mapping[int, Collection[Atom]] | None = None,
+) -> StageSpec:
     """What `stage` holds, reads, runs and emits.
 
     `graph` is one of `find_blocks(recording, ...)`; `ConfigurationError` if `partition` does not fit it.
+    `fresh`: by reading segment, the leaves that may arrive while the stage runs: they are waited for as late
+    as possible.
     """
     segments = partition.segments(graph)
     unknown = [str(block.key) for block in graph.blocks if block.key not in recording.call_of]
     if unknown:
         raise ConfigurationError(f"The graph is not of this recording: it has no call {unknown[0]}.")
     flow = provenance(recording, (recording.call_of[block.key] for block in graph.blocks))
-    return _Planner(recording, graph, partition, segments, flow, stage).spec()
+    return _Planner(recording, graph, partition, segments, flow, stage, fresh or {}).spec()
 
 
 class _Planner:
@@ -44,6 +54,7 @@ class _Planner:
         segments: tuple[Segment, ...],
         flow: Provenance,
         stage: int,
+        fresh: Mapping[int, Collection[Atom]],
     ) -> None:
         self.recording = recording
         self.flow = flow
@@ -68,6 +79,8 @@ class _Planner:
         )
         self.reader_of = {atom: index for index in reversed(own_segments) for atom in self.reads[index]}
         self.live = _live_values(recording, flow, self.stage_of, stage, self.returns_output)
+        self.fills = self._fills(graph, fresh)
+        self.later = {fill.atom: fill for fills in self.fills.values() for fill in fills}
         self.actions: dict[str, list[Action]] = {}
 
     def spec(self) -> StageSpec:
@@ -120,6 +133,7 @@ class _Planner:
                 if atom.block == self.recording.calls[call].key
             ),
             is_last=call == self.last_own,
+            fills=tuple(self.fills.get(call, ())),
         )
 
     def _stub(self, call: int) -> Stub:
@@ -135,6 +149,8 @@ class _Planner:
             return Argument(arguments.index(leaf.value))
         if leaf.value in self.live:
             atom = self.flow.atoms[self.flow.atom_of[leaf.value]]
+            if atom in self.later:
+                return self.later[atom]
             return Received(atom, self.reader_of[atom], self._is_mutated(atom))
         return Placeholder(leaf.spec)
 
@@ -158,6 +174,46 @@ class _Planner:
 
     def _is_mutated(self, atom: Atom) -> bool:
         return self.flow.atoms.index(atom) in self.flow.mutated
+
+    def _fills(self, graph: BlockGraph, fresh: Mapping[int, Collection[Atom]]) -> dict[int, list[Received]]:
+        """Own block -> the fresh leaves that are wanted when it has run: something after it is the first to
+        touch their data. Those that no own block runs before, and numbers that glue may index with, are
+        waited for where they are replayed."""
+        touches = self._touches()
+        fills: dict[int, list[Received]] = {}
+        for index, atoms in self.reads.items():
+            for atom in atoms:
+                spec = graph.spec(atom)
+                if atom not in fresh.get(index, ()) or self.reader_of[atom] != index or not spec.is_floating:
+                    continue
+                producer = self.recording.call_of[atom.block]
+                first = self._first_touch(touches, atom, since=self.recording.calls[producer].end_op)
+                before = [
+                    call
+                    for call in self.own_blocks
+                    if call > producer and self.recording.calls[call].end_op <= first
+                ]
+                if before:
+                    fills.setdefault(before[-1], []).append(Received(atom, index, False, later=spec))
+        return fills
+
+    def _touches(self) -> dict[int, list[int]]:
+        """Storage -> the operations on its data that matter on this stage, in order."""
+        found: dict[int, list[int]] = {}
+        for index, op in enumerate(self.recording.ops):
+            home = self.flow.home[index]
+            matters = self.stage_of[home] == self.stage if home >= 0 else not self.live.isdisjoint(op.writes)
+            if matters and op.touches_data:
+                for value in {*op.reads, *(old for old, _ in op.carried)}:
+                    found.setdefault(self.recording.storages[value], []).append(index)
+        return found
+
+    def _first_touch(self, touches: Mapping[int, Sequence[int]], atom: Atom, since: int) -> int:
+        """The first operation from `since` on that touches a leaf; one past the last if there is none."""
+        position = self.flow.atoms.index(atom)
+        value = next(value for value, each in self.flow.atom_of.items() if each == position)
+        later = (index for index in touches.get(self.recording.storages[value], ()) if index >= since)
+        return next(later, len(self.recording.ops))
 
     def _needed_inputs(self) -> tuple[str, ...]:
         needed = {name for value, name in self.recording.input_of.items() if value in self.live}

@@ -16,8 +16,9 @@ from asyncdiff.stage.compiled import compile_again, compile_block
 from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Own, Received, Run, StageSpec, Stub
 from asyncdiff.trace.tensors import MakePlaceholder, zero_placeholder
 from asyncdiff.trace.torch_private import tree_flatten, tree_unflatten
+from asyncdiff.weights.ownership import empty_tensor
 
-ReadLeaf = Callable[[int, Atom], torch.Tensor]
+ReadLeaf = Callable[[int, Atom, torch.Tensor | None], torch.Tensor]
 EmitLeaf = Callable[[Atom, torch.Tensor], None]
 
 
@@ -26,7 +27,8 @@ class StageReplica:
 
     Nothing happens until `prepare`; `remove` takes every stub out again. `device` is where placeholders and
     placeholder inputs are made. `forward` is the denoiser's own forward where `module.forward` has been
-    replaced. `compile_blocks`: run the stage's own blocks through `torch.compile`.
+    replaced. `buffer` makes the memory for leaves that are filled in later. `compile_blocks`: run the stage's
+    own blocks through `torch.compile`.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class StageReplica:
         device: torch.device | str = "cpu",
         forward: Callable[..., Any] | None = None,
         placeholder: MakePlaceholder = zero_placeholder,
+        buffer: MakePlaceholder = empty_tensor,
         compile_blocks: bool = False,
     ) -> None:
         self.module = module
@@ -45,7 +48,7 @@ class StageReplica:
         self._stubs: dict[str, StubForward] = {}
         self._compiled = compile_again(module)
         self._compile_blocks = compile_blocks
-        self._pass = _Pass(_PlaceholderPool(self.device, placeholder))
+        self._pass = _Pass(_PlaceholderPool(self.device, placeholder), buffer)
 
     def prepare(self, key: Hashable, spec: StageSpec) -> None:
         """Installs the stubs for an input structure (or replaces those of `key`). Several keys live side by
@@ -99,8 +102,9 @@ class StageReplica:
     ) -> list[torch.Tensor] | None:
         """One forward of this stage.
 
-        `tensors` and `floats` are the denoiser inputs it needs, by name. `read(segment, atom)` gives a
-        foreign leaf to own segment `segment`, once per atom; `emit(atom, tensor)` takes an own leaf the
+        `tensors` and `floats` are the denoiser inputs it needs, by name. `read(segment, atom, out)` gives a
+        foreign leaf to own segment `segment`, once per atom, in the memory of `out` if that is not None;
+        `emit(atom, tensor)` takes an own leaf the
         moment its block has returned. Returns the tensor leaves of the output, or None for a stage that ends
         before it.
         """
@@ -135,7 +139,9 @@ class StageReplica:
 
 def _is_plain(action: Action) -> bool:
     """Whether the module only runs its own forward."""
-    return isinstance(action, Run) or (isinstance(action, Own) and not action.captures and not action.is_last)
+    return isinstance(action, Run) or (
+        isinstance(action, Own) and not (action.captures or action.is_last or action.fills)
+    )
 
 
 def _contains(path: str, other: str) -> bool:
@@ -186,6 +192,7 @@ class _Pass:
     received."""
 
     placeholders: _PlaceholderPool
+    buffer: MakePlaceholder
     key: Hashable = None
     is_running: bool = False
     counts: Counter[str] = field(default_factory=Counter)
@@ -208,10 +215,19 @@ class _Pass:
         """A foreign leaf: read once per forward, and one object wherever it is replayed, or in-place glue on
         the one would not be seen in the other."""
         if fill.atom not in self.received:
-            assert self.read is not None
-            tensor = self.read(fill.segment, fill.atom)
-            self.received[fill.atom] = tensor.clone() if fill.clone else tensor
+            if fill.later is not None:
+                self.received[fill.atom] = self.buffer(fill.later, self.placeholders.device)
+            else:
+                assert self.read is not None
+                tensor = self.read(fill.segment, fill.atom, None)
+                self.received[fill.atom] = tensor.clone() if fill.clone else tensor
         return self.received[fill.atom]
+
+    def fill(self, fill: Received) -> None:
+        """Wait for a leaf whose memory has been replayed."""
+        if fill.atom in self.received:
+            assert self.read is not None
+            self.read(fill.segment, fill.atom, self.received[fill.atom])
 
 
 class StubForward:
@@ -249,6 +265,8 @@ class StubForward:
             self._capture(action.captures, out)
         if action.is_last:
             raise _StageDone
+        for fill in action.fills:
+            self.running.fill(fill)
         return out
 
     def _next_action(self) -> Action:

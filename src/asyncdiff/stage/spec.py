@@ -16,11 +16,13 @@ from asyncdiff.trace.torch_private import Structure, tree_unflatten
 @dataclass(frozen=True)
 class Received:
     """A leaf that another stage produced: read for own segment `segment`; `clone` if it is written in place
-    later, which would corrupt the buffer for the next read of the same version."""
+    later, which would corrupt the buffer for the next read of the same version. `later`: where it is replayed
+    as memory of this spec, which an own block fills when it has run (`Own.fills`)."""
 
     atom: Atom
     segment: int
     clone: bool
+    later: TensorSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Own:
-    """Run one of this stage's blocks; `is_last`: end the forward after it."""
+    """Run one of this stage's blocks; `is_last`: end the forward after it. `fills`: foreign leaves that are
+    wanted from now on, and have been replayed without being there."""
 
     captures: tuple[Capture, ...]
     is_last: bool
+    fills: tuple[Received, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -363,6 +363,7 @@ def _graph(recording: Recording, flow: Provenance, seconds: Mapping[BlockKey, fl
         ),
         glue_seconds=_glue_seconds(root.key, blocks, seconds or {}),
         latents=recording.latents,
+        output_glue_uses=tuple(flow.output_glue_uses.get(atom) for atom in flow.output_atoms),
     )
 
 
@@ -387,6 +388,6 @@ def _block(recording: Recording, flow: Provenance, position: int, seconds: Mappi
         outputs=tuple(leaf.spec for leaf in call.outputs),
         reads=tuple(flow.atoms[atom] for atom in atoms),
         inputs=tuple(sorted(flow.inputs[position])),
-        first_uses=tuple(flow.first_uses[position][atom] for atom in atoms),
+        glue_uses=tuple(flow.glue_uses[position].get(atom) for atom in atoms),
         seconds=seconds.get(call.key),
     )

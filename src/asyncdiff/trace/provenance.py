@@ -6,7 +6,7 @@ flows into a value is one `|`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from asyncdiff.graph import Atom
@@ -27,8 +27,9 @@ class Provenance:
 
     `home`: per operation the position of its block, -1 for glue. `atoms`: every tensor leaf that a block
     makes; `atom_of`: value -> position in `atoms`. `reads`, `tensors`, `inputs`: per block, positions of the
-    atoms and model tensors and names of the inputs it uses, directly or through glue; `first_uses`: per
-    block, atom -> share of its FLOPs before the first use. `output_*`: the same for what the denoiser
+    atoms and model tensors and names of the inputs it uses, directly or through glue; `glue_uses`: per
+    block, atom -> how many blocks have ended when glue first touches the atom's data on the way to the
+    block; without those that glue at most makes views of. `output_*`: the same for what the denoiser
     returns. `glue_tensors`: model tensors that glue uses. `steering_inputs`: inputs whose values reach Python
     or decide a shape. `mutated`: atoms whose storage is written after their block returned;
     `written_inputs`: inputs whose storage is written at all.
@@ -41,9 +42,10 @@ class Provenance:
     reads: tuple[tuple[int, ...], ...]
     tensors: tuple[frozenset[int], ...]
     inputs: tuple[frozenset[str], ...]
-    first_uses: tuple[dict[int, float], ...]
+    glue_uses: tuple[dict[int, int], ...]
     output_atoms: tuple[int, ...]
     output_inputs: frozenset[str]
+    output_glue_uses: dict[int, int]
     glue_tensors: frozenset[int]
     steering_inputs: frozenset[str]
     mutated: frozenset[int]
@@ -71,8 +73,9 @@ class _Walk:
         self._name_atoms()
         self.flows = self._sources()
         self.reads = [0] * len(blocks)
-        self.first_flops: list[dict[int, float]] = [{} for _ in blocks]
-        self.flops_so_far = [0.0] * len(blocks)
+        self.num_ended = 0
+        self.touched: dict[int, dict[int, int]] = {}  # value that glue made -> atom -> `glue_uses`
+        self.glue_uses: list[dict[int, int]] = [{} for _ in blocks]
         self.glue = 0
         self.steering = 0
         self.mutated: set[int] = set()
@@ -88,9 +91,11 @@ class _Walk:
         for index, op in enumerate(self.recording.ops):
             self._visit(index, op.call)
         output = 0
+        output_touched: dict[int, int] = {}
         for leaf in self.recording.calls[0].outputs:
             if leaf.value is not None:
                 output |= self._flow(leaf.value, reader=-1, call=0)
+                _keep_first(output_touched, self.touched.get(leaf.value, {}))
             elif leaf.is_opaque:
                 self.problems.append(Problem(0, "returns an object that hides its tensors from pytree"))
         self._check_kept()
@@ -102,9 +107,10 @@ class _Walk:
             reads=tuple(tuple(self._atoms_in(mask)) for mask in self.reads),
             tensors=tuple(frozenset(self._tensors_in(mask)) for mask in self.reads),
             inputs=tuple(frozenset(self._inputs_in(mask)) for mask in self.reads),
-            first_uses=tuple(self._first_uses(block) for block in range(len(self.blocks))),
+            glue_uses=tuple(self.glue_uses),
             output_atoms=tuple(self._atoms_in(output)),
             output_inputs=frozenset(self._inputs_in(output)),
+            output_glue_uses=output_touched,
             glue_tensors=frozenset(self._tensors_in(self.glue | output)),
             steering_inputs=frozenset(self._inputs_in(self.steering)),
             mutated=frozenset(self.mutated),
@@ -176,19 +182,14 @@ class _Walk:
         if op.is_random:
             self._report(call, f"draws random numbers ({op.name})")
         if owner >= 0:
-            self._note_block_op(owner, mask, op.flops)
+            self.reads[owner] |= mask
+            for value in op.reads:
+                _keep_first(self.glue_uses[owner], self.touched.get(value, {}))
             self._check_block_writes(owner, op.carried)
         else:
             self._note_glue_op(mask, op, call)
+            self._note_glue_use(index, op, call)
         self._note_mutation(index, op.carried, owner)
-
-    def _note_block_op(self, owner: int, mask: int, flops: float) -> None:
-        new = mask & ~self.reads[owner]
-        if new:
-            self.reads[owner] |= new
-            for atom in self._atoms_in(new):
-                self.first_flops[owner][atom] = self.flops_so_far[owner]
-        self.flops_so_far[owner] += flops
 
     def _note_glue_op(self, mask: int, op: Op, call: int) -> None:
         self.glue |= mask
@@ -207,6 +208,22 @@ class _Walk:
             self.flows[value] = mask
         for old, new in op.carried:
             self.flows[new] = mask | self._flow(old, -1, call)
+
+    def _note_glue_use(self, index: int, op: Op, call: int) -> None:
+        """Since when glue has looked at the data of the atoms that flow into what the operation makes."""
+        while self.num_ended < len(self.blocks) and self._end_of(self.num_ended) <= index:
+            self.num_ended += 1
+        found: dict[int, int] = {}
+        for value in (*op.reads, *(old for old, _ in op.carried)):
+            _keep_first(found, self.touched.get(value, {}))
+            if op.touches_data:
+                for atom in self._atoms_in(self._flow(value, -1, call)):
+                    found.setdefault(atom, self.num_ended)
+        if found:
+            self.touched.update(dict.fromkeys(op.writes, found))
+
+    def _end_of(self, block: int) -> int:
+        return self.recording.calls[self.blocks[block]].end_op
 
     def _check_block_writes(self, owner: int, carried: tuple[tuple[int, int], ...]) -> None:
         """A block may write into what another made (FreeU scales its argument in place) if nothing reads the
@@ -272,7 +289,7 @@ class _Walk:
         return value
 
     def _block_end(self, value: int) -> int:
-        return self.recording.calls[self.blocks[self.home[self.recording.makers[value]]]].end_op
+        return self._end_of(self.home[self.recording.makers[value]])
 
     def _check_kept(self) -> None:
         for path, name, value in self.recording.kept:
@@ -290,10 +307,6 @@ class _Walk:
             name for value, name in recording.input_of.items() if recording.storages[value] in written
         )
 
-    def _first_uses(self, block: int) -> dict[int, float]:
-        total = self.flops_so_far[block] or 1.0
-        return {atom: flops / total for atom, flops in self.first_flops[block].items()}
-
     def _inputs_in(self, mask: int) -> Iterator[str]:
         return (self.input_names[bit] for bit in _bits(mask & ((1 << self.first_tensor) - 1)))
 
@@ -302,6 +315,13 @@ class _Walk:
 
     def _atoms_in(self, mask: int) -> Iterator[int]:
         return _bits(mask >> self.first_atom)
+
+
+def _keep_first(found: dict[int, int], more: Mapping[int, int]) -> None:
+    """Atoms and their `glue_uses`, of all that flow together."""
+    for atom, ended in more.items():
+        if ended < found.get(atom, ended + 1):
+            found[atom] = ended
 
 
 def _homes(recording: Recording, blocks: tuple[int, ...]) -> tuple[int, ...]:

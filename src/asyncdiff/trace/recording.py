@@ -45,6 +45,11 @@ class Op:
     reaches_host: bool
     is_random: bool
 
+    @property
+    def touches_data(self) -> bool:
+        """Whether it looks at elements, or writes any: all but views, which only describe memory anew."""
+        return self.memory_bytes > 0 or bool(self.carried) or self.reaches_host
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
