@@ -10,7 +10,7 @@ import pytest
 
 from asyncdiff.bench.demo import run_demo
 from asyncdiff.bench.step import run_step
-from asyncdiff.demo import DEMO_CAPTIONS
+from asyncdiff.demo import DEMO_CAPTIONS, DEMO_MODELS
 
 
 @pytest.mark.timeout(300)
@@ -31,9 +31,11 @@ def test_step_sends_what_the_graph_says_and_divides_the_weights(monkeypatch):
 
 @pytest.mark.wide
 @pytest.mark.timeout(300)
-def test_demo_in_order_throughout_is_the_same_picture():
-    result = run_demo(["cpu", "cpu"], num_stages=2, warmup_steps=4, steps=4, runs=1)
+@pytest.mark.parametrize("model", DEMO_MODELS)
+def test_demo_in_order_throughout_is_the_same_picture(model):
+    result = run_demo(["cpu", "cpu"], model=model, num_stages=2, warmup_steps=4, steps=4, runs=1)
     assert result.psnr_db == math.inf
+    assert result.to_json()["model"] == model
     assert result.to_json()["devices"] == ["cpu", "cpu"]
 
 

@@ -1,4 +1,4 @@
-"""The bundled pipeline draws what held-out captions say: the right colour at the right place."""
+"""The bundled pipelines draw what held-out captions say: the right colour at the right place."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from asyncdiff.demo import GUIDANCE_SCALE, held_out_captions, load_demo_pipeline
+from asyncdiff.demo import DEMO_MODELS, held_out_captions, load_demo_pipeline
 from asyncdiff.demo.captions import POSITIONS, Scene, scene_of
 from asyncdiff.demo.drawing import BACKGROUND_RGB, GRID, OBJECT_RGB
 
@@ -42,13 +42,18 @@ def _background(picture: Image.Image) -> str:
     return min(BACKGROUND_RGB, key=lambda name: math.dist(numpy.median(edge, axis=0), BACKGROUND_RGB[name]))
 
 
-@pytest.fixture(scope="module")
-def drawn() -> list[tuple[Scene, Image.Image]]:
+@pytest.fixture(scope="module", params=DEMO_MODELS)
+def drawn(request: pytest.FixtureRequest) -> list[tuple[Scene, Image.Image]]:
     scenes = _single_object_scenes(_PICTURES)
-    pipe = load_demo_pipeline()
+    model = DEMO_MODELS[request.param]
+    pipe = load_demo_pipeline(model=model.name)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(scenes))]
     pictures = pipe(
-        list(scenes), num_inference_steps=20, guidance_scale=GUIDANCE_SCALE, generator=generators
+        list(scenes),
+        num_inference_steps=20,
+        guidance_scale=model.guidance_scale,
+        generator=generators,
+        **model.call_arguments,
     ).images
     return list(zip(scenes.values(), pictures, strict=True))
 

@@ -19,7 +19,7 @@ from asyncdiff.bench.environment import describe_environment
 from asyncdiff.bench.pictures import psnr_db, side_by_side
 from asyncdiff.bench.progress import Progress, no_progress
 from asyncdiff.bench.step_clock import StepClock
-from asyncdiff.demo import DEMO_CAPTIONS, GUIDANCE_SCALE, load_demo_pipeline
+from asyncdiff.demo import DEMO_CAPTIONS, DEMO_MODELS, DemoModel, load_demo_pipeline
 from asyncdiff.pipeline import RunReport, parallelize, plan
 
 _UNTIMED_STEPS = 6
@@ -35,11 +35,13 @@ class DemoResult:
     pictures, which are compared as 8-bit pictures; `psnr_lowest_db`: of the worst one.
     """
 
+    model: str
     devices: tuple[str, ...]
     num_stages: int
     stride: int
-    warmup_steps: int
+    warmup_steps: int | str
     forecast: str
+    freshness: str
     steps: int
     seed: int
     runs: int
@@ -101,11 +103,14 @@ class DemoResult:
 def run_demo(
     devices: Sequence[str],
     *,
+    model: str = "unet",
     num_stages: int,
     stride: int = 1,
-    warmup_steps: int = 1,
+    warmup_steps: int | str = 1,
+    tolerance: float | None = None,
     time_shift: bool = False,
     forecast: str = "linear",
+    freshness: str = "auto",
     steps: int = 50,
     seed: int = 0,
     runs: int = 5,
@@ -113,31 +118,44 @@ def run_demo(
 ) -> DemoResult:
     """Generate the demo captions in order on the first device and then on all of them, `runs` times.
 
+    `model` is one of `asyncdiff.demo.DEMO_MODELS`.
+
     A CPU device is one core, in order as well as on several. The two take turns, because a machine's speed
     drifts from one minute to the next; both are timed after an untimed call.
     """
-    original, pipe = (_load(devices[0]) for _ in range(2))
+    bundled = DEMO_MODELS[model]
+    original, pipe = (_load(bundled, devices[0]) for _ in range(2))
     with _one_core_per_device():
         progress("Timing the blocks", 0, 0)
         split: dict[str, Any] = {
             "num_stages": num_stages,
             "stride": stride,
             "warmup_steps": warmup_steps,
+            "tolerance": tolerance,
             "time_shift": time_shift,
             "forecast": forecast,
+            "freshness": freshness,
         }
-        example = {"prompt": list(DEMO_CAPTIONS), "guidance_scale": GUIDANCE_SCALE}
+        example = {
+            "prompt": list(DEMO_CAPTIONS),
+            "guidance_scale": bundled.guidance_scale,
+            **bundled.call_arguments,
+        }
         chosen = plan(pipe, list(devices), partition=_PARTITION, profile=True, example=example, **split)
-        whole_bytes = sum(parameter.nbytes for parameter in pipe.unet.parameters())
+        whole_bytes = sum(parameter.nbytes for parameter in getattr(pipe, bundled.name).parameters())
         progress("Starting the workers", 0, 0)
         in_order, parallel = [], []
         with parallelize(pipe, list(devices), plan=chosen) as handle:
             for each in (original, pipe):
-                _generate(each, _UNTIMED_STEPS, seed, "Untimed run", no_progress)
+                _generate(each, example, _UNTIMED_STEPS, seed, "Untimed run", no_progress)
             for run in range(runs):
                 where = f"run {run + 1} of {runs}"
-                in_order.append(_generate(original, steps, seed, f"In order on 1 device, {where}", progress))
-                parallel.append(_generate(pipe, steps, seed, f"On {len(devices)} devices, {where}", progress))
+                in_order.append(
+                    _generate(original, example, steps, seed, f"In order on 1 device, {where}", progress)
+                )
+                parallel.append(
+                    _generate(pipe, example, steps, seed, f"On {len(devices)} devices, {where}", progress)
+                )
             report = handle.last_run
     reference, pictures = in_order[-1][0], parallel[-1][0]
     psnrs = [psnr_db(*pair) for pair in zip(reference, pictures, strict=True)]
@@ -145,11 +163,13 @@ def run_demo(
     after = [seconds for _, seconds in parallel]
     speedups = [one / several for one, several in zip(before, after, strict=True)]
     return DemoResult(
+        model=model,
         devices=tuple(devices),
         num_stages=num_stages,
         stride=stride,
         warmup_steps=warmup_steps,
         forecast=forecast,
+        freshness=freshness,
         steps=steps,
         seed=seed,
         runs=runs,
@@ -176,23 +196,22 @@ def run_demo(
     )
 
 
-def _load(device: str) -> Any:
-    pipe = load_demo_pipeline().to(device)
+def _load(model: DemoModel, device: str) -> Any:
+    pipe = load_demo_pipeline(model=model.name).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _generate(
-    pipe: Any, steps: int, seed: int, what: str, progress: Progress
+    pipe: Any, example: dict[str, Any], steps: int, seed: int, what: str, progress: Progress
 ) -> tuple[list[Image.Image], float]:
     """The demo's pictures, and the seconds of their denoising."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A run of")
         clock = StepClock(what, progress=progress)
         pictures = pipe(
-            list(DEMO_CAPTIONS),
+            **example,
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
             generator=[torch.Generator().manual_seed(seed + index) for index in range(len(DEMO_CAPTIONS))],
             callback_on_step_end=clock,
         ).images

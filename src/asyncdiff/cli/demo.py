@@ -1,10 +1,10 @@
-"""`asyncdiff demo`: the bundled pipeline on one device and on several."""
+"""`asyncdiff demo`: a bundled pipeline on one device and on several."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,10 @@ from asyncdiff.cli import arguments
 
 
 def demo(
+    model: Annotated[
+        Literal["unet", "transformer"],
+        typer.Option("--model", "-m", help="The bundled pipeline whose denoiser is of this kind."),
+    ] = "unet",
     picture: Annotated[
         Path,
         typer.Option(
@@ -27,18 +31,22 @@ def demo(
     devices: arguments.DevicesOption = None,
     stages: arguments.StagesOption = None,
     stride: arguments.StrideOption = 1,
-    warmup_steps: arguments.WarmupStepsOption = 1,
+    warmup_steps: arguments.WarmupOption = "1",
+    tolerance: arguments.ToleranceOption = None,
     time_shift: arguments.TimeShiftOption = False,
     forecast: arguments.ForecastOption = "linear",
+    freshness: arguments.FreshnessOption = "auto",
     debug: arguments.DebugOption = False,
 ) -> None:
-    """Run the bundled pipeline in order and asynchronously: a picture, a trace, times, speed-up and PSNR."""
+    """Run a bundled pipeline in order and asynchronously: a picture, a trace, times, speed-up and PSNR."""
     arguments.check_writable("--picture", picture, arguments.IMAGE_SUFFIXES)
     arguments.check_writable("--trace", trace, (".json",))
     arguments.check_writable("--json", json_file, (".json",))
     arguments.check_at_least("--steps", steps, 2)
     arguments.check_seed(seed)
-    split = arguments.check_split(devices, stages, stride, warmup_steps, time_shift, forecast)
+    split = arguments.check_split(
+        devices, stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness
+    )
 
     from asyncdiff.cli.console import print_table, progress, quiet_libraries
     from asyncdiff.cli.devices import resolve_devices
@@ -52,11 +60,14 @@ def demo(
 
         result = run_demo(
             names,
+            model=model,
             num_stages=num_stages,
             stride=split.stride,
             warmup_steps=split.warmup_steps,
+            tolerance=split.tolerance,
             time_shift=split.time_shift,
             forecast=split.forecast,
+            freshness=split.freshness,
             steps=steps,
             seed=seed,
             progress=report,

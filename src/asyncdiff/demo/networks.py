@@ -1,15 +1,28 @@
-"""The demo pipeline's networks before training: Stable Diffusion 1.5's structure, a hundred times smaller."""
+"""The demo pipelines' networks before training: Stable Diffusion 1.5's and 3.5's structure, far smaller."""
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
 
 from asyncdiff.demo.drawing import PICTURE_SIZE
 
 LATENT_SIZE = 8  # latent pixels, width and height: one eighth of the picture's, as in Stable Diffusion
 LATENT_CHANNELS = 4
-TEXT_WIDTH = 128
+TEXT_WIDTH = 128  # what the denoisers read; the transformer half of it from each of two text encoders
 
 # How much of the usual random start is added to the copying one, so that channels are not all alike.
 _COPY_NOISE = 0.3
@@ -34,26 +47,20 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text encoder for the tokenizer's vocabulary and length.
+    """A two-layer CLIP text encoder for the tokenizer's vocabulary and length."""
+    encoder = CLIPTextModel(_text_config(tokenizer, TEXT_WIDTH, layers=2))
+    _enlarge_embeddings(encoder)
+    return encoder
 
-    Its token embeddings start fifty times larger than CLIP's, as large as what the layers add to them: from
-    CLIP's start, words that earn nothing in the first steps (the positions) were drowned by those that do,
-    and after 1000 steps had not been learned; from this one, after 400.
+
+def build_projecting_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """One of the transformer's two text encoders, half as wide as the U-Net's.
+
+    Of its three layers, the last serves the projected end of the caption only: the states of single words are
+    read before it, as Stable Diffusion 3 does.
     """
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    encoder = CLIPTextModel(config)
-    nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
+    encoder = CLIPTextModelWithProjection(_text_config(tokenizer, TEXT_WIDTH // 2, layers=3))
+    _enlarge_embeddings(encoder)
     return encoder
 
 
@@ -103,6 +110,64 @@ def build_noise_scheduler() -> DDIMScheduler:
     )
 
 
+def build_transformer() -> SD3Transformer2DModel:
+    """5 million parameters on 64 latent pixels, each a token of its own, beside the caption's tokens.
+
+    Eight layers, enough for four stages, with normalised queries and keys as in Stable Diffusion 3.5. Its
+    position embeddings are laid out for 8x8 tokens and no more.
+    """
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        pos_embed_max_size=LATENT_SIZE,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=8,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        caption_projection_dim=128,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        qk_norm="rms_norm",
+    )
+    _start_as_no_change(transformer)
+    return transformer
+
+
+def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Rectified flow (Liu et al. 2022), as Stable Diffusion 3 samples it: Euler steps, shifted by 3.
+
+    The shift decides how many steps are spent where noise hides an object's position (see
+    `build_noise_scheduler`). By three, noise outweighs the latents three to one in half of the steps, and one
+    to one in three quarters: almost the shares of the U-Net's linear noise schedule.
+    """
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _enlarge_embeddings(encoder: PreTrainedModel) -> None:
+    """Makes token embeddings start fifty times larger than CLIP's, as large as what the layers add to them.
+
+    From CLIP's start, words that earn nothing in the first steps (the positions) were drowned by those that
+    do, and after 1000 steps had not been learned; from this one, after 400.
+    """
+    nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
+
+
 def _start_as_a_copy(vae: AutoencoderKL) -> None:
     """Makes the autoencoder start close to passing a thinned-out picture through its first channels.
 
@@ -120,3 +185,20 @@ def _start_as_a_copy(vae: AutoencoderKL) -> None:
             noise = _COPY_NOISE * module.weight.detach()
             nn.init.dirac_(module.weight)
             module.weight.data += noise
+
+
+def _start_as_no_change(transformer: SD3Transformer2DModel) -> None:
+    """Makes every block pass its input on at first, and the prediction zero (adaLN-Zero).
+
+    Peebles and Xie 2023, section 3.2. diffusers leaves the start to whoever trains.
+    """
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    gates = (AdaLayerNormZero, AdaLayerNormContinuous)
+    modulations = [module.linear for module in transformer.modules() if isinstance(module, gates)]
+    for layer in (*modulations, transformer.proj_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)

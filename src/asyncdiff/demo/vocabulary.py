@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 
+import torch
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -38,6 +39,11 @@ def build_tokenizer() -> CLIPTokenizer:
         pad_token=END,
         model_max_length=MAX_TOKENS,
     )
+
+
+def caption_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Captions as the pipelines tokenise them: int64 (captions, 32), padded at the end."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def word_merges(words: list[str]) -> list[_Merge]:
