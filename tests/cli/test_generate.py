@@ -64,6 +64,12 @@ def test_generates_compares_and_traces(tmp_path: Path) -> None:
     assert done.stderr.count("Warning: ") == 1, done.stderr  # a run too short to gain says so, once
 
 
+def test_a_tolerance_that_nothing_keeps_runs_in_order(tmp_path: Path) -> None:
+    done = generate(tmp_path, "--steps 4 --warmup-steps auto --tolerance 1e-9 --compare -o out.png")
+    assert done.returncode == 0, done.stderr
+    assert "identical" in done.stdout
+
+
 def test_missing_model_is_one_line(tmp_path: Path) -> None:
     done = generate(tmp_path, "--model nobody/nothing -o out.png")
     assert done.returncode == 1

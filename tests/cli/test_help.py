@@ -7,7 +7,15 @@ import sys
 
 import pytest
 
-COMMANDS: list[list[str]] = [[], ["demo"], ["generate"], ["doctor"], ["bench"], ["bench", "step"]]
+COMMANDS: list[list[str]] = [
+    [],
+    ["demo"],
+    ["generate"],
+    ["doctor"],
+    ["bench"],
+    ["bench", "step"],
+    ["quality"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "asyncdiff")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from asyncdiff.errors import ConfigurationError
+from asyncdiff.errors import AsyncDiffError, ConfigurationError
 
 
 def _check_json(path: Path | None) -> Path | None:
@@ -46,7 +46,8 @@ DtypeOption: TypeAlias = Annotated[
 
 
 def run_command(command: Callable[..., None]) -> None:
-    """Run as a command of its own; a mistake in the arguments is one line and exit code 2."""
+    """Run as a command of its own; a mistake in the arguments is one line and exit code 2, a worker that
+    fails one line and exit code 1."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     try:
@@ -54,6 +55,9 @@ def run_command(command: Callable[..., None]) -> None:
     except ConfigurationError as error:
         typer.echo(f"Error: {error}", err=True)
         raise SystemExit(2) from error
+    except AsyncDiffError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise SystemExit(1) from error
 
 
 def check_dtype(name: str) -> str:

@@ -40,16 +40,17 @@ class Configuration:
         return self.first_steady_step(warmup_steps) + (rounds - 1 + _LAST_ROUNDS) * self.stride + 1
 
 
-def parse_configurations(text: str, num_devices: int) -> tuple[Configuration, ...]:
+def parse_configurations(text: str, num_devices: int | None) -> tuple[Configuration, ...]:
     """`"2x1,3x1"`, or `"auto"`: everything that fits on up to `num_devices` devices and takes more than one.
 
+    `num_devices`: None where one device does what several would; "auto" is then nothing.
     `ConfigurationError` for what is none, and for what does not fit.
     """
-    if num_devices < 2:
+    if num_devices is not None and num_devices < 2:
         raise ConfigurationError(
             f"--devices {num_devices}: must be 2 or more, else there is nothing to divide."
         )
-    if text.strip() == "auto":
+    if text.strip() == "auto" and num_devices is not None:
         return _all_that_fit(num_devices)
     return tuple(dict.fromkeys(_parse(part.strip(), text, num_devices) for part in text.split(",")))
 
@@ -63,16 +64,19 @@ def _all_that_fit(num_devices: int) -> tuple[Configuration, ...]:
     )
 
 
-def _parse(part: str, text: str, num_devices: int) -> Configuration:
+def _parse(part: str, text: str, num_devices: int | None) -> Configuration:
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part)
     if found is None:
+        auto = "" if num_devices is None else "'auto', or "
         raise ConfigurationError(
-            f"--configs {text}: {part!r} is no configuration. Use 'auto', or STAGESxSTRIDE such as 2x1,2x2."
+            f"--configs {text}: {part!r} is no configuration. Use {auto}STAGESxSTRIDE such as 2x1,2x2."
         )
     configuration = Configuration(int(found[1]), int(found[2]))
-    if not 2 <= configuration.num_devices <= num_devices:
+    most = configuration.num_devices if num_devices is None else num_devices
+    if not 2 <= configuration.num_devices <= most:
+        limit = "2 or more" if num_devices is None else f"2 to {num_devices}, the number of --devices"
         raise ConfigurationError(
             f"--configs {text}: {configuration} takes {configuration.num_devices} devices (stages + stride - "
-            f"1), but must take 2 to {num_devices}, the number of --devices."
+            f"1), but must take {limit}."
         )
     return configuration

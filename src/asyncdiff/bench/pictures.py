@@ -69,6 +69,44 @@ def side_by_side(
     return page
 
 
+def against_reference(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    captions: Sequence[str],
+    *,
+    amplification: float = 8.0,
+) -> Image.Image:
+    """Pictures of each of `captions` in rows: the first is the reference, every other one shows its pictures
+    beside their difference x `amplification` from the reference, with the PSNR under it.
+
+    `rows`: title and one picture per caption. `ValueError` if they differ in number.
+    """
+    if any(len(pictures) != len(captions) for _, pictures in rows):
+        raise ValueError(f"Every row must have {len(captions)} pictures.")
+    original = rows[0][1]
+    layout = _Layout.of([(picture, picture) for picture in original], 1)
+    font, cell = layout.font, layout.width + _GAP
+    left = _GAP + math.ceil(max(font.getlength(title) for title, _ in rows)) + _GAP
+    page = Image.new("RGB", (left + 2 * cell * len(captions), layout.top(len(rows))), _PAGE)
+    draw = ImageDraw.Draw(page)
+    for column, caption in enumerate(captions):
+        text = _fit(caption, layout.title_font, 2 * cell - _GAP)
+        draw.text((left + 2 * cell * column, _GAP), text, _INK, layout.title_font)
+    for row, (title, pictures) in enumerate(rows):
+        top = layout.top(row)
+        draw.text((_GAP, top), title, _INK, font)
+        for column, (reference, picture) in enumerate(zip(original, pictures, strict=True)):
+            place = left + 2 * cell * column
+            page.paste(_resized(picture, layout.scale), (place, top))
+            if row == 0:
+                draw.text((place + cell, top), f"difference x {amplification:g}", _FADED, font)
+            else:
+                difference = difference_picture(reference, picture, amplification)
+                page.paste(_resized(difference, layout.scale), (place + cell, top))
+                under = (place + cell, top + layout.height + 2)
+                draw.text(under, _psnr_text(reference, picture), _FADED, font)
+    return page
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where the cells of a page are, in pixels; `width` and `height` of one cell, `scale` of the pictures."""

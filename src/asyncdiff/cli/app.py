@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from asyncdiff import __version__
-from asyncdiff.cli import bench, demo, doctor, generate, plan
+from asyncdiff.cli import bench, demo, doctor, generate, plan, quality
 from asyncdiff.cli.arguments import DebugOption
 
 
@@ -19,6 +19,7 @@ def build_app() -> typer.Typer:
     app.command("generate")(generate.generate)
     app.command("plan")(plan.plan)
     app.add_typer(bench.build_app(), name="bench")
+    app.command("quality")(quality.quality)
     app.command("doctor")(doctor.doctor)
     return app
 

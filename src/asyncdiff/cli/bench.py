@@ -224,7 +224,7 @@ def _check_model_options(arch: str | None, model: str, compare: bool) -> None:
 
 def _run(request: Request) -> None:
     """Measure, write the files and print the tables."""
-    from asyncdiff.cli.console import progress, quiet_libraries
+    from asyncdiff.cli.console import print_report, progress, quiet_libraries
     from asyncdiff.cli.devices import resolve_devices
 
     devices = resolve_devices(request.devices)
@@ -232,6 +232,7 @@ def _run(request: Request) -> None:
     _announce(request, devices)
     with progress("Starting") as report:
         from asyncdiff.bench.runs.measure import run_bench
+        from asyncdiff.bench.runs.tables import machine_rows, tables
         from asyncdiff.bench.workload import Workload
 
         result = run_bench(
@@ -245,8 +246,7 @@ def _run(request: Request) -> None:
             compare=request.compare,
             progress=report,
         )
-    written = request.outputs.write(result)
-    _print(result, written)
+    print_report(tables(result), machine_rows(result), request.outputs.write(result))
 
 
 def _announce(request: Request, devices: list[str]) -> None:
@@ -258,22 +258,6 @@ def _announce(request: Request, devices: list[str]) -> None:
         f"{request.steps} steps each, taking turns, after untimed ones. Best when nothing else runs.",
         err=True,
     )
-
-
-def _print(result: Any, written: list[Path]) -> None:
-    from asyncdiff.bench.command import show_table
-    from asyncdiff.bench.runs.tables import machine_rows, tables
-    from asyncdiff.cli.console import print_table
-
-    for table in tables(result):
-        if len(table.heads) == 2:  # a reason may take several lines
-            print_table(f"\n{table.title}", [(what, "", why) for what, why in table.rows])
-        else:
-            show_table(f"\n{table.title}", table.heads, table.rows)
-        if table.note:
-            typer.echo(table.note)
-    facts = [(name, "", value) for name, value in machine_rows(result)]
-    print_table("\nHow it was measured", [*facts, *(("written", "", str(path)) for path in written)])
 
 
 def step(
@@ -292,6 +276,7 @@ def step(
     stride: arguments.StrideOption = 1,
     time_shift: arguments.TimeShiftOption = False,
     forecast: arguments.ForecastOption = "linear",
+    freshness: arguments.FreshnessOption = "auto",
     debug: arguments.DebugOption = False,
 ) -> None:
     """Time one denoising step in order and asynchronously, beside what this machine can reach at all."""
@@ -299,7 +284,7 @@ def step(
     arguments.check_at_least("--steps", steps, 1)
     arguments.check_at_least("--runs", runs, 1)
     arguments.check_writable("--json", json_file, (".json",))
-    split = arguments.check_split(devices, stages, stride, 1, time_shift, forecast)
+    split = arguments.check_split(devices, stages, stride, "1", None, time_shift, forecast, freshness)
 
     from asyncdiff.cli.console import print_table, progress, quiet_libraries
     from asyncdiff.cli.devices import resolve_devices
@@ -318,6 +303,7 @@ def step(
             num_stages=num_stages,
             stride=split.stride,
             forecast=split.forecast,
+            freshness=split.freshness,
             time_shift=split.time_shift,
             runs=runs,
             steps=steps,

@@ -9,7 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.console import Console
@@ -26,6 +27,9 @@ from rich.table import Table
 
 from asyncdiff.bench.progress import Progress as Report
 
+if TYPE_CHECKING:
+    from asyncdiff.bench.runs.tables import Table as FiguresTable
+
 
 def print_table(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
     """Print (what, value, note) rows on stdout; whole lines, however narrow the terminal or the pipe is."""
@@ -39,6 +43,23 @@ def print_table(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
     if not console.is_terminal:
         console.width = 160
     console.print(table)
+
+
+def print_report(
+    tables: Sequence[FiguresTable], facts: Sequence[tuple[str, str]], written: Sequence[Path]
+) -> None:
+    """Print tables with what their figures mean, how they were measured, and the files written."""
+    from asyncdiff.bench.command import show_table
+
+    for table in tables:
+        if len(table.heads) == 2:  # a reason may take several lines
+            print_table(f"\n{table.title}", [(what, "", why) for what, why in table.rows])
+        else:
+            show_table(f"\n{table.title}", table.heads, table.rows)
+        if table.note:
+            typer.echo(table.note)
+    rows = [(name, "", value) for name, value in facts]
+    print_table("\nHow it was measured", [*rows, *(("written", "", str(path)) for path in written)])
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class Request:
     output: Path
     compare: bool
     trace: Path | None
+    preview_devices: int | None
 
     def check(self) -> None:
         """Everything that can be checked before anything is loaded."""
@@ -55,6 +56,7 @@ class Request:
         arguments.check_size("--height", self.height)
         arguments.check_size("--width", self.width)
         arguments.check_seed(self.seed)
+        arguments.check_at_least("--preview-devices", self.preview_devices, 2)
         if self.model is not None:
             arguments.check_model(self.model)
 
@@ -134,11 +136,21 @@ def generate(
         ),
     ] = None,
     devices: arguments.DevicesOption = None,
+    preview_devices: Annotated[
+        int | None,
+        typer.Option(
+            "--preview-devices",
+            metavar="N",
+            help="Instead of --devices: make the pictures that N devices would give on one, at its speed.",
+        ),
+    ] = None,
     stages: arguments.StagesOption = None,
     stride: arguments.StrideOption = 1,
-    warmup_steps: arguments.WarmupStepsOption = 1,
+    warmup_steps: arguments.WarmupOption = "1",
+    tolerance: arguments.ToleranceOption = None,
     time_shift: arguments.TimeShiftOption = False,
     forecast: arguments.ForecastOption = "linear",
+    freshness: arguments.FreshnessOption = "auto",
     debug: arguments.DebugOption = False,
 ) -> None:
     """Generate pictures of a prompt on several devices."""
@@ -156,9 +168,19 @@ def generate(
         output=output,
         compare=compare,
         trace=trace,
+        preview_devices=preview_devices,
     )
     request.check()
-    split = arguments.check_split(devices, stages, stride, warmup_steps, time_shift, forecast)
+    if preview_devices is not None:
+        if devices is not None:
+            raise ConfigurationError(
+                f"--devices {devices} and --preview-devices {preview_devices}: a preview is made on one "
+                "device. Give one of them."
+            )
+        devices = str(preview_devices)  # divided as for so many
+    split = arguments.check_split(
+        devices, stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness
+    )
     run(request, split)
 
 
@@ -167,8 +189,9 @@ def run(request: Request, split: Split) -> None:
     from asyncdiff.cli.console import print_table, progress, quiet_libraries
     from asyncdiff.cli.devices import resolve_devices
 
-    devices = resolve_devices(split.devices)
-    num_stages = arguments.stages_for(len(devices), split.num_stages, split.stride)
+    devices = resolve_devices(split.devices if request.preview_devices is None else 1)
+    count = request.preview_devices or len(devices)
+    num_stages = arguments.stages_for(count, split.num_stages, split.stride)
     quiet_libraries()
     name = request.model or "the demo model"
     with progress(f"Loading {name}") as report:
@@ -184,7 +207,9 @@ def run(request: Request, split: Split) -> None:
         written.append(_write_comparison(request, original.images, parallel.images))
     if request.trace is not None:
         written.append(request.trace)
-    print_table(f"{name}, seed {request.seed}", _rows(parallel, original, devices, num_stages, written))
+    print_table(
+        f"{name}, seed {request.seed}", _rows(request, parallel, original, devices, num_stages, written)
+    )
 
 
 @dataclass(frozen=True)
@@ -217,18 +242,24 @@ def _run_parallel(
 ) -> Outcome:
     import asyncdiff
 
-    report(f"Dividing the denoiser over {', '.join(devices)}", 0, 0)
+    names = ", ".join(devices)
+    over, where = f"over {names}", f"On {names}"
+    if request.preview_devices is not None:
+        over, where = f"as for {request.preview_devices} devices", f"One stage after the other on {names}"
+    report(f"Dividing the denoiser {over}", 0, 0)
     with asyncdiff.parallelize(
         pipe,
-        devices,
+        devices if request.preview_devices is None else None,
         num_stages=num_stages,
         stride=split.stride,
         warmup_steps=split.warmup_steps,
+        tolerance=split.tolerance,
         time_shift=split.time_shift,
         forecast=split.forecast,
+        freshness=split.freshness,
     ) as handle:
-        skip = split.warmup_steps + 1
-        images, clocks = _generate_all(pipe, call, request, f"On {', '.join(devices)}", skip, report)
+        skip = (1 if isinstance(split.warmup_steps, str) else split.warmup_steps) + 1
+        images, clocks = _generate_all(pipe, call, request, where, skip, report)
         if request.trace is not None:
             handle.last_run.write_trace(request.trace)
         assert handle.plan is not None  # it has run
@@ -292,24 +323,41 @@ def _write_comparison(request: Request, originals: list[Image.Image], parallels:
 
 
 def _rows(
-    parallel: Outcome, original: Outcome | None, devices: list[str], num_stages: int, written: list[Path]
+    request: Request,
+    parallel: Outcome,
+    original: Outcome | None,
+    devices: list[str],
+    num_stages: int,
+    written: list[Path],
 ) -> list[tuple[str, str, str]]:
+    if request.preview_devices is not None:
+        rows = _preview_rows(request.preview_devices, devices[0], num_stages)
+        rows += [] if original is None else [_psnr_row(parallel, original)]
+    else:
+        rows = _parallel_rows(parallel, devices, num_stages)
+        rows += [] if original is None else _comparison_rows(parallel, original)
+    return rows + [("written", "", str(path)) for path in written]
+
+
+def _preview_rows(count: int, device: str, num_stages: int) -> list[tuple[str, str, str]]:
+    """No times: they are those of one device that does the work of all."""
+    return [
+        ("preview of", f"{count} devices", f"the pictures they would give; stages: {num_stages}"),
+        ("made on", device, "one stage after the other: not faster than in order"),
+    ]
+
+
+def _parallel_rows(parallel: Outcome, devices: list[str], num_stages: int) -> list[tuple[str, str, str]]:
     threads = f", threads each: {parallel.threads}" if parallel.threads else ""
-    rows = [
+    return [
         ("devices", ", ".join(devices), f"stages: {num_stages}{threads}"),
         ("milliseconds per step", _number(parallel.seconds_per_step * 1e3, 1), "median, after warm-up"),
         ("seconds per picture", _number(parallel.seconds, 2), "whole call"),
         ("megabytes sent per picture", _number(parallel.bytes_sent / 1e6, 2), "between devices"),
     ]
-    if original is not None:
-        rows += _comparison_rows(parallel, original)
-    return rows + [("written", "", str(path)) for path in written]
 
 
 def _comparison_rows(parallel: Outcome, original: Outcome) -> list[tuple[str, str, str]]:
-    from asyncdiff.bench.pictures import psnr_db
-
-    psnr = min(psnr_db(a, b) for a, b in zip(original.images, parallel.images, strict=True))
     step_speedup = original.seconds_per_step / parallel.seconds_per_step
     return [
         (
@@ -324,12 +372,19 @@ def _comparison_rows(parallel: Outcome, original: Outcome) -> list[tuple[str, st
             _number(original.seconds / parallel.seconds, 2),
             "with text encoder and VAE",
         ),
-        (
-            "PSNR",
-            "identical" if math.isinf(psnr) else f"{psnr:.1f} dB",
-            "lowest of the pictures" if len(original.images) > 1 else "",
-        ),
+        _psnr_row(parallel, original),
     ]
+
+
+def _psnr_row(parallel: Outcome, original: Outcome) -> tuple[str, str, str]:
+    from asyncdiff.bench.pictures import psnr_db
+
+    psnr = min(psnr_db(a, b) for a, b in zip(original.images, parallel.images, strict=True))
+    return (
+        "PSNR",
+        "identical" if math.isinf(psnr) else f"{psnr:.1f} dB",
+        "against in order" if len(original.images) == 1 else "against in order, lowest of the pictures",
+    )
 
 
 def _number(value: float, digits: int) -> str:

@@ -1,8 +1,8 @@
-"""The result as one self-contained HTML page: plots, tables, machine, versions, command."""
+"""A result as one self-contained HTML page: plots, tables, machine, versions, command."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from asyncdiff.bench.runs.figures import BenchResult
@@ -23,23 +23,30 @@ th:first-child, td:first-child { text-align: left; }
 
 
 def page(result: BenchResult) -> str:
-    """The document. Nothing in it is fetched from elsewhere."""
-    return "\n".join(_lines(result)) + "\n"
+    """The page of a benchmark."""
+    images = {name: data_uri(figure) for name, figure in plots(result).items()}
+    return document(f"asyncdiff bench: {result.title}", images, tables(result), machine_rows(result))
 
 
-def _lines(result: BenchResult) -> Iterator[str]:
-    title = f"asyncdiff bench: {escape(result.title)}"
+def document(
+    title: str, images: Mapping[str, str], tables: Sequence[Table], facts: Sequence[tuple[str, str]]
+) -> str:
+    """A page of pictures (title -> data URI), tables and facts. Nothing in it is fetched from elsewhere."""
+    return "\n".join(_lines(escape(title), images, tables, facts)) + "\n"
+
+
+def _lines(
+    title: str, images: Mapping[str, str], tables: Sequence[Table], facts: Sequence[tuple[str, str]]
+) -> Iterator[str]:
     yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>"
-    for name, figure in plots(result).items():
-        yield f'<h2>{escape(name)}</h2>\n<img alt="{escape(name)}" src="{data_uri(figure)}">'
-    for table in tables(result):
+    for name, uri in images.items():
+        yield f'<h2>{escape(name)}</h2>\n<img alt="{escape(name)}" src="{uri}">'
+    for table in tables:
         yield from _table(table)
-    facts = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in machine_rows(result)
-    )
-    yield f'<h2>How it was measured</h2>\n<table class="facts">{facts}</table>\n</body>\n</html>'
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
+    yield f'<h2>How it was measured</h2>\n<table class="facts">{rows}</table>\n</body>\n</html>'
 
 
 def _table(table: Table) -> Iterator[str]:

@@ -21,7 +21,7 @@ _IDEAL, _MACHINE = "#c0392b", "#222222"
 _COLOURS = {COMPUTE: (_STEP, "#5b93cf"), WAIT: ("#f2c14e",) * 2, TRANSFER: ("#c0392b",) * 2}
 _MB = 1e6
 # Texts as text instead of outlines: a tenth of the size.
-_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
 
 
 def plots(result: BenchResult) -> dict[str, Figure]:
@@ -36,7 +36,7 @@ def plots(result: BenchResult) -> dict[str, Figure]:
 def data_uri(figure: Figure) -> str:
     """As the address of an SVG picture that holds everything itself."""
     written = io.BytesIO()
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return "data:image/svg+xml;base64," + base64.b64encode(written.getvalue()).decode("ascii")
 
@@ -55,8 +55,8 @@ class _Bar:
 def speedup_plot(result: BenchResult) -> Figure:
     """One bar for steps and one for whole runs of each configuration, with what is possible marked on it."""
     bars = list(_bars(result))
-    with rc_context(_STYLE):
-        figure, (axes,) = _figure(heights=[0.32 * len(bars) + 0.9])
+    with rc_context(STYLE):
+        figure, (axes,) = stacked_axes(heights=[0.32 * len(bars) + 0.9])
         places = range(len(bars))
         medians = [bar.speedup.median for bar in bars]
         errors = (
@@ -109,8 +109,8 @@ def _bars(result: BenchResult) -> list[_Bar]:
 def timeline_plot(result: BenchResult) -> Figure:
     """Per configuration one row per device, from the moment that the driver begins a round."""
     figures = result.configurations
-    with rc_context(_STYLE):
-        figure, rows = _figure(heights=[0.4 * len(each.devices) + 0.75 for each in figures])
+    with rc_context(STYLE):
+        figure, rows = stacked_axes(heights=[0.4 * len(each.devices) + 0.75 for each in figures])
         for axes, each in zip(rows, figures, strict=True):
             _draw_timeline(axes, each)
         rows[-1].set_xlabel("milliseconds")
@@ -166,8 +166,8 @@ def memory_plot(result: BenchResult) -> Figure:
             label = f"{each.name}, {rank}: {device.device}"
             rows.append((label, device.weight_bytes, device.resident_bytes, device.device_peak_bytes))
     has_peaks = any(peak for *_, peak in rows)
-    with rc_context(_STYLE):
-        figure, (axes,) = _figure(heights=[0.36 * len(rows) + 0.9])
+    with rc_context(STYLE):
+        figure, (axes,) = stacked_axes(heights=[0.36 * len(rows) + 0.9])
         places = list(range(len(rows)))
         _bar_row(axes, places, [row[2] for row in rows], "#d5d5d5", 0.8, "process, resident")
         if has_peaks:
@@ -186,7 +186,7 @@ def _bar_row(
     axes.barh(places, [size / _MB for size in sizes], color=colour, height=height, label=label)
 
 
-def _figure(heights: Sequence[float]) -> tuple[Figure, list[Any]]:
+def stacked_axes(heights: Sequence[float]) -> tuple[Figure, list[Any]]:
     """Axes one below the other, in inches."""
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.5), layout="constrained")
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))

@@ -44,14 +44,6 @@ def tables(result: BenchResult) -> list[Table]:
 
 def machine_rows(result: BenchResult) -> list[tuple[str, str]]:
     """Machine, versions and command."""
-    environment = result.environment
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-    devices = [
-        f"{each['name']}: {each['model']}, "
-        + (f"{each['cores']} cores, " if "cores" in each else "")
-        + f"{each['memory_bytes'] / 2**30:.1f} GiB"
-        for each in environment["devices"]
-    ]
     threads = result.threads_per_device
     return [
         ("command", result.command),
@@ -61,6 +53,20 @@ def machine_rows(result: BenchResult) -> list[tuple[str, str]]:
             "run",
             f"{result.steps} steps, {result.warmup_steps} of them warm-up; {result.runs} runs of each kind",
         ),
+        *environment_rows(result.environment),
+    ]
+
+
+def environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """Machine, platform and versions of `describe_environment`."""
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
+    devices = [
+        f"{each['name']}: {each['model']}, "
+        + (f"{each['cores']} cores, " if "cores" in each else "")
+        + f"{each['memory_bytes'] / 2**30:.1f} GiB"
+        for each in environment["devices"]
+    ]
+    return [
         ("machine", "; ".join(devices)),
         ("platform", environment["platform"]),
         ("versions", f"python {environment['python']}, {packages}"),

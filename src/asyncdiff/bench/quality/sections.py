@@ -1,0 +1,87 @@
+"""What docs/fidelity.md shows: which models, settings and ways. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from asyncdiff.bench.configurations import Configuration
+from asyncdiff.bench.loading import BUNDLED
+from asyncdiff.bench.quality.results import Generation
+from asyncdiff.bench.quality.ways import AUTO, PAPER_FORECAST, PAPER_FRESHNESS, WarmupSteps, Way
+from asyncdiff.demo import DEMO_MODELS, held_out_captions
+
+MAIN = "steps-50"
+AUTO_WARMUP = "auto"
+HALF_DTYPES = ("bfloat16", "float16")
+
+CONFIGURATIONS = tuple(Configuration(*pair) for pair in ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2)))
+PAPER = (PAPER_FORECAST, PAPER_FRESHNESS)
+RULES = (PAPER, ("linear", "paper"), ("linear", "auto"), ("damped", "auto"))
+
+# A chain throughout, so that rows differ in what is read and in nothing else; the planner may choose another.
+_PARTITION = "chain"
+_OTHER_PARTITION = "nested"
+_SIDE_CAPTIONS = 16
+_HIGH_GUIDANCE = 7.5
+_BATCH_SIZE = 16
+_FLOAT16_CAPTIONS = 8  # a step of 16 takes a processor 1.45 s, and 0.16 in float32
+
+
+@dataclass(frozen=True)
+class Section:
+    """Ways that share one set of pictures in order. `name`: the same for the same setting of every model."""
+
+    name: str
+    title: str
+    generation: Generation
+    ways: tuple[Way, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.generation.model}/{self.name}"
+
+
+def sections(models: tuple[str, ...], num_captions: int) -> Iterator[Section]:
+    """All of them; the first of every model before the second of any."""
+    captions = tuple(held_out_captions(num_captions))
+    of_models = [list(_of_model(model, captions)) for model in models]
+    for index in range(max(map(len, of_models))):
+        yield from (own[index] for own in of_models if index < len(own))
+
+
+def _of_model(model: str, captions: tuple[str, ...]) -> Iterator[Section]:
+    def section(
+        name: str, title: str, warmup: WarmupSteps = 1, partition: str = _PARTITION, **changed: Any
+    ) -> Section:
+        shown = captions if name == MAIN else captions[:_SIDE_CAPTIONS]
+        generation = Generation(model, shown, dtype="float32", batch_size=_BATCH_SIZE)
+        rules = RULES if warmup != AUTO else RULES[1:]
+        ways = tuple(Way(each, *rule, warmup, partition) for each in CONFIGURATIONS for rule in rules)
+        return Section(name, title, replace(generation, **changed), ways)
+
+    yield section(MAIN, "50 steps")
+    yield section(_OTHER_PARTITION, "a nested split", partition=_OTHER_PARTITION)
+    yield section(AUTO_WARMUP, 'warmup_steps="auto"', AUTO)
+    yield section("steps-25", "25 steps", steps=25)
+    for name, title, scheduler, options in _samplers(model):
+        yield section(name, title, scheduler=scheduler, scheduler_options=options)
+    yield section("guidance", f"guidance {_HIGH_GUIDANCE:g}", guidance_scale=_HIGH_GUIDANCE)
+    yield section("bfloat16", "bfloat16", dtype="bfloat16")
+    yield section("float16", "float16", dtype="float16", captions=captions[:_FLOAT16_CAPTIONS])
+
+
+def _samplers(model: str) -> list[tuple[str, str, str, tuple[tuple[str, Any], ...]]]:
+    """(name, title, class, options) of noise schedulers other than the model's own."""
+    folder = DEMO_MODELS[BUNDLED[model]].folder
+    own = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    solver = "DPMSolverMultistepScheduler"
+    if own["_class_name"].startswith("FlowMatch"):  # its own is Euler's method
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": own["shift"]}
+        return [
+            ("dpm", "DPM-Solver++ (flow sigmas)", solver, tuple(flow.items())),
+            ("heun", "Heun (flow matching)", "FlowMatchHeunDiscreteScheduler", ()),
+        ]
+    return [("euler", "Euler", "EulerDiscreteScheduler", ()), ("dpm", "DPM-Solver++", solver, ())]

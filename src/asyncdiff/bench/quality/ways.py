@@ -1,0 +1,91 @@
+"""What is compared with the pictures in order: how many stages, and what a stage reads. Standard library
+only."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from asyncdiff.bench.configurations import Configuration, parse_configurations
+from asyncdiff.config import FORECASTS, FRESHNESS
+from asyncdiff.errors import ConfigurationError
+
+WarmupSteps: TypeAlias = int | Literal["auto"]
+
+AUTO: Literal["auto"] = "auto"
+PAPER_FORECAST, PAPER_FRESHNESS = "none", "paper"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to divide a run, named as `parallelize` names its settings. `partition`: the kind of split,
+    None for what the planner chooses."""
+
+    configuration: Configuration
+    forecast: str
+    freshness: str
+    warmup_steps: WarmupSteps = 1
+    partition: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """What a stage reads, in words."""
+        if (self.forecast, self.freshness) == (PAPER_FORECAST, PAPER_FRESHNESS):
+            return "the paper's rule"
+        forecast = "no forecast" if self.forecast == PAPER_FORECAST else self.forecast
+        return forecast if self.freshness == PAPER_FRESHNESS else f"{forecast}, fresh reads"
+
+    def __str__(self) -> str:
+        kind = f" {self.partition}" if self.partition is not None else ""
+        return f"{self.configuration}{kind} {self.rule}, w={self.warmup_steps}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of `parallelize` and `plan`."""
+        return {
+            "num_stages": self.configuration.num_stages,
+            "stride": self.configuration.stride,
+            "warmup_steps": self.warmup_steps,
+            "forecast": self.forecast,
+            "freshness": self.freshness,
+            "partition": self.partition,
+        }
+
+
+def parse_ways(
+    configs: str, forecast: str, freshness: str, warmup_steps: str, num_devices: int | None = None
+) -> tuple[Way, ...]:
+    """Every combination of four lists separated by commas, those of one configuration together.
+
+    `num_devices`: what there is of them; None where one device runs all stages in turn. `ConfigurationError`
+    names the option and what is wrong in it.
+    """
+    configurations = parse_configurations(configs, num_devices)
+    warmups = tuple(dict.fromkeys(_parse_warmup(part, warmup_steps) for part in _parts(warmup_steps)))
+    forecasts = _named("--forecast", forecast, FORECASTS)
+    freshnesses = _named("--freshness", freshness, FRESHNESS)
+    combined = itertools.product(configurations, warmups, freshnesses, forecasts)
+    return tuple(Way(each, how, fresh, warmup) for each, warmup, fresh, how in combined)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _named(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    for part in _parts(text):
+        if part not in known:
+            raise ConfigurationError(f"{option} {text}: {part!r} is none of {', '.join(known)}.")
+    return tuple(dict.fromkeys(_parts(text)))
+
+
+def _parse_warmup(part: str, text: str) -> WarmupSteps:
+    if part == AUTO:
+        return AUTO
+    if not part.isdecimal() or int(part) < 1:
+        raise ConfigurationError(
+            f"--warmup-steps {text}: {part!r} is neither 'auto' nor a number of 1 or more. Several are "
+            "separated by commas."
+        )
+    return int(part)
