@@ -56,6 +56,8 @@ benchmarks: $(INSTALLED)
 		--json docs/benchmarks/prediction-sd21.json
 	$(BIN)/python -m asyncdiff.bench.noise_schedulers quality docs/noise-schedulers.md \
 		--json docs/benchmarks/noise-schedulers.json
+	$(BIN)/python -m asyncdiff.bench.quality.figures --output docs/benchmarks/fidelity.json
+	$(BIN)/python -m asyncdiff.bench.quality.render docs/fidelity.md
 	$(BIN)/python -m asyncdiff.bench.readme README.md --demo docs/benchmarks/demo.json \
 		--step docs/benchmarks/step-sd21.json
 
