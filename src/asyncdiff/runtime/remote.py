@@ -575,6 +575,7 @@ class RemoteExecutor:
         with interrupts_deferred():  # a second call could not fetch what the first one left behind
             with suppress(WorkerLostError, RuntimeError):
                 self._end_announced()
+            self._end_announced_by_others()
             for run in tuple(self._runs):
                 self._forget(run)  # a worker that fails in what is left of it still holds its weights
             for rank, connection in self._connections():
