@@ -16,6 +16,7 @@ from torch import nn
 from asyncdiff.errors import UnsupportedDenoiserError
 from asyncdiff.trace.inputs import Inputs
 from asyncdiff.trace.recording import ModelTensor, Recording
+from asyncdiff.trace.strides import with_real_strides
 from asyncdiff.trace.tape import Tape
 from asyncdiff.trace.torch_private import (
     FakeTensorMode,
@@ -146,7 +147,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = with_real_strides(func, args, kwargs, func(*args, **kwargs))
         self._tape.note_op(func, args, kwargs, out)
         return out
 
