@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from asyncdiff.errors import ConfigurationError
 
-FORECASTS = ("none", "linear", "damped")
+STATE_FORECASTS = ("none", "linear", "damped")  # what may be made of a state that is read late
+FORECASTS = (*STATE_FORECASTS, "latents")
 FRESHNESS = ("auto", "paper")
 AUTO = "auto"
 DEFAULT_TOLERANCE = 0.3
@@ -19,17 +20,17 @@ class Settings:
     """What decides the numbers a run computes (docs/method.md, sections 1 to 6); checked when constructed.
 
     `num_stages` N, `stride` S and `warmup_steps` w are at least 1; `forecast` is `"none"` (the paper),
-    `"linear"` or `"damped"`; `freshness` is `"auto"` (what arrives in time is read in the round that produces
-    it) or `"paper"` (everything is read one round late). `tolerance`: after warm-up too, steps run in order
-    while the relative error of the forecast is above it; None to never look. Raises `ConfigurationError` for
-    anything else.
+    `"linear"`, `"damped"` or `"latents"`; `freshness` is `"auto"` (what arrives in time is read in the round
+    that produces it) or `"paper"` (everything is read one round late). `tolerance`: after warm-up too, steps
+    run in order while the relative error of the forecast is above it; None to never look. Raises
+    `ConfigurationError` for anything else.
     """
 
     num_stages: int
     stride: int = 1
     warmup_steps: int = 1
     time_shift: bool = False
-    forecast: str = "linear"
+    forecast: str = "latents"
     freshness: str = "auto"
     tolerance: float | None = None
 
@@ -41,7 +42,7 @@ class Settings:
             raise ConfigurationError(f"time_shift must be True or False, but {self.time_shift!r} was given.")
         if self.forecast not in FORECASTS:
             raise ConfigurationError(
-                f'forecast must be "none", "linear" or "damped", but {self.forecast!r} was given.'
+                f'forecast must be "none", "linear", "damped" or "latents", but {self.forecast!r} was given.'
             )
         if self.freshness not in FRESHNESS:
             raise ConfigurationError(

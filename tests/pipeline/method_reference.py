@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ class Reference:
     """The forward of `denoiser` as N + S - 1 devices would give it. `stages[k]`: names of the blocks of stage
     k; `begin`: where in the noise scheduler's timesteps the run begins; `num_scaled`: how many of the input's
     channels (None: all) the noise scheduler scales, in dim `channel_dim`; `fresh`: (block, leaf, reading
-    stage) of what is read in time; `damped`: the line's slope is multiplied by what the last changes tell."""
+    stage) of what is read in time; `damped`: the line's slope is multiplied by what the last changes tell;
+    `leads`: for how many rounds ahead each stage works on latents that are continued (None: they are not)."""
 
     def __init__(
         self, denoiser: nn.Module, noise_scheduler: Any, stages: list[list[str]], *, nested: bool = False,
         S: int = 1, w: int = 1, time_shift: bool = False, forecast: bool = True, begin: int = 0,
         num_scaled: int | None = None, channel_dim: int = 1, fresh: Collection[tuple[str, int, int]] = (),
-        damped: bool = False,
+        damped: bool = False, leads: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.denoiser = denoiser
         self.forward = type(denoiser).forward.__get__(denoiser)
@@ -42,7 +43,9 @@ class Reference:
         self.stages, self.nested = stages, nested
         self.S, self.w, self.time_shift, self.forecast = S, w, time_shift, forecast
         self.begin, self.num_scaled, self.channel_dim = begin, num_scaled, channel_dim
-        self.fresh, self.damped = set(fresh), damped
+        self.fresh, self.damped, self.leads = set(fresh), damped, leads
+        self.points: list[tuple[float, torch.Tensor]] = []  # where the latents were, newest last
+        self.seen: list[tuple[Any, ...]] = []  # of each point: its weight, the change, the line, the bend
         self.changes: dict[tuple[str, int], dict[tuple[int, int], torch.Tensor]] = {}
         self.c_in: list[float] = []
         self.names = [name for names in stages for name in names]
@@ -59,9 +62,10 @@ class Reference:
         self.timestep_shape = timestep.shape
         if s == 0:
             self.c_in = input_scales(self.noise_scheduler, self.begin)
+        self.follow(float(self.noise_scheduler.timesteps[self.begin + s]), sample)
         if s < self.w:
             produced, prediction = self.evaluate(self.names, sample, timestep, conditions, self.nothing)
-            self.keep(s, produced)
+            self.keep(dict.fromkeys(produced, s), produced)
             return prediction
         if s not in self.predictions:
             self.run_round(s, sample, conditions)
@@ -72,13 +76,19 @@ class Reference:
         what is read in time. The stages run one after the other, so that the latter is there."""
         steps = range(b, min(b + self.S, len(self.noise_scheduler.timesteps) - self.begin))
         last = b if self.forecast else steps[-1]
+        leads = self.leads or [0] * len(self.stages)
+        made_for = {
+            name: b + self.S * lead for names, lead in zip(self.stages, leads, strict=True) for name in names
+        }
         produced: dict[str, Any] = {}
 
         def run(own: list[str], segment: int, q: int) -> tuple[dict[str, Any], Any]:
             def foreign(name: str) -> Any:
-                return E[name] if name in E else self.read_in_time(name, segment, b, q, produced)
+                if name in E:
+                    return E[name]
+                return self.read_in_time(name, segment, made_for[name], q, produced)
 
-            return self.evaluate(own, self.scaled(sample, b, q), self.timestep(q), conditions, foreign)
+            return self.evaluate(own, self.latents(sample, b, q), self.timestep(q), conditions, foreign)
 
         E: dict[str, Any] = {}
         if self.nested:  # of the copy that has the timestep of the inner stages
@@ -86,12 +96,15 @@ class Reference:
                 self.stages[0], self.scaled(sample, b, last), self.timestep(last), conditions,
                 lambda name: self.read(name, last),
             )  # fmt: skip
+        end = len(self.noise_scheduler.timesteps) - self.begin
         for stage in range(1, len(self.stages)) if self.nested else range(len(self.stages) - 1):
-            produced |= run(self.stages[stage], stage, last)[0]
+            target = last + self.S * leads[stage]
+            if target < end:  # nobody would read what is made for another
+                produced |= run(self.stages[stage], stage, target)[0]
         predicting, segment = (0, len(self.stages)) if self.nested else (-1, len(self.stages) - 1)
         for q in steps:
             self.predictions[q] = copy.deepcopy(run(self.stages[predicting], segment, q)[1])
-        self.keep(b, produced | E)
+        self.keep(made_for, produced | E)
 
     def evaluate(
         self,
@@ -126,9 +139,9 @@ class Reference:
     def nothing(self, name: str) -> Any:
         raise AssertionError(f"{name} is foreign in a step that runs in order")
 
-    def keep(self, label: int, produced: dict[str, Any]) -> None:
+    def keep(self, labels: dict[str, int], produced: dict[str, Any]) -> None:
         for name, value in produced.items():
-            self.states[name] = [(label, copy.deepcopy(value)), *self.states[name][:1]]
+            self.states[name] = [(labels[name], copy.deepcopy(value)), *self.states[name][:6]]
 
     def read(self, name: str, s: int) -> Any:
         """Section 5. A block that nothing was ever read of may be without a state."""
@@ -136,6 +149,8 @@ class Reference:
         if not self.forecast or not older:
             return newest
         b, oldest = older[0]
+        if self.leads is not None:
+            return self.nearest(name, self.states[name], s)
         now, structure = tree_flatten(newest)
         then = tree_leaves(oldest)
         return tree_unflatten(
@@ -145,6 +160,19 @@ class Reference:
             ],
             structure,
         )
+
+    def nearest(self, name: str, versions: list[tuple[int, Any]], s: int) -> Any:
+        """What was made for step s, or the line through the versions for the two steps nearest to it."""
+        versions = sorted(versions, key=lambda version: (abs(version[0] - s), -version[0]))
+        if len(versions) == 1 or versions[0][0] == s:
+            return versions[0][1]
+        (b, oldest), (a, newest) = sorted(versions[:2], key=lambda version: version[0])
+        now, structure = tree_flatten(newest)
+        lines = (
+            self.line((name, i), new, old, a, b, s)
+            for i, (new, old) in enumerate(zip(now, tree_leaves(oldest), strict=True))
+        )
+        return tree_unflatten(list(lines), structure)
 
     def line(self, leaf: tuple[str, int], newest: Any, oldest: Any, a: int, b: int, s: int) -> Any:
         """H(a) + alpha r (H(a) - H(b)), in the kernel that rounds once."""
@@ -169,19 +197,62 @@ class Reference:
         return min(1.0, max(0.0, along / whole)) if whole else 1.0
 
     def read_in_time(self, name: str, stage: int, b: int, s: int, produced: dict[str, Any]) -> Any:
-        """Section 6: those leaves that are read in time are continued from the round's own version. There is
-        no late version of what is only there in time; a leaf that no one reads may be anything."""
+        """Section 6: those leaves that are read in time are continued from the round's own version, which is
+        for step b. There is no late version of what is only there in time; a leaf that no one reads may be
+        anything."""
         in_time = [leaf for each, leaf, reader in self.fresh if (each, reader) == (name, stage)]
         if not in_time:
             return self.read(name, s)
         (a, newest), *_ = self.states[name]
         late, structure = tree_flatten(self.read(name, s))
+        if self.leads is not None:
+            versions = [(b, produced[name])] if name in produced else []
+            now = tree_leaves(self.nearest(name, [*versions, *self.states[name]], s))
+            return tree_unflatten(
+                [now[leaf] if leaf in in_time else each for leaf, each in enumerate(late)], structure
+            )
         now, before = tree_leaves(produced[name]), tree_leaves(newest)
         for leaf in in_time:
             late[leaf] = now[leaf]
             if self.forecast and s > b:
                 late[leaf] = self.line((name, -1 - leaf), now[leaf], before[leaf], b, a, s)
         return tree_unflatten(late, structure)
+
+    def follow(self, t: float, latents: torch.Tensor) -> None:
+        """Section 5: how much of the line, and of the parabola's bend away from it, has come true, by least
+        squares; each older point counts half. A second evaluation at the same t replaces the first."""
+        latents = latents.double()
+        others = [point for point in self.points if point[0] != t]
+        if len(others) == len(self.points) >= 2:
+            newest, line, bend = self.parts(t)
+            self.seen = [(weight / 2, *each) for weight, *each in self.seen]
+            self.seen.append((1.0, latents - newest, line, bend))
+        self.points = [*others, (t, latents)][-3:]
+
+    def parts(self, t: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The newest point, the way from there to t on the line, and from there to the parabola."""
+        newest, line = self.points[-1][1], polynomial(self.points[-2:], t)
+        return newest, line - newest, polynomial(self.points, t) - line
+
+    def continued(self, t: float) -> torch.Tensor:
+        def share(pairs: list[tuple[float, torch.Tensor, torch.Tensor]], unknown: float) -> float:
+            along = sum(w * float((wanted * way).sum()) for w, wanted, way in pairs)
+            whole = sum(w * float((way * way).sum()) for w, _, way in pairs)
+            return min(1.0, max(0.0, along / whole)) if whole else unknown
+
+        gamma = share([(w, change - line, bend) for w, change, line, bend in self.seen], 0.0)
+        alpha = share([(w, change, line + gamma * bend) for w, change, line, bend in self.seen], 1.0)
+        newest, line, bend = self.parts(t)
+        return newest + alpha * (line + gamma * bend)
+
+    def latents(self, sample: torch.Tensor, b: int, q: int) -> torch.Tensor:
+        """What stands for the latents of step q in a round that begins with step b."""
+        if self.leads is None:
+            return self.scaled(sample, b, q)
+        if q == b:
+            return sample
+        t = float(self.noise_scheduler.timesteps[self.begin + q])
+        return self.continued(t).to(sample.dtype)
 
     def timestep(self, q: int) -> torch.Tensor:
         """Section 4."""
@@ -194,6 +265,18 @@ class Reference:
         n = sample.shape[self.channel_dim] if self.num_scaled is None else self.num_scaled
         latents, others = sample.split([n, sample.shape[self.channel_dim] - n], self.channel_dim)
         return torch.cat([latents * (self.c_in[q] / self.c_in[b]), others], self.channel_dim)
+
+
+def polynomial(points: list[tuple[float, torch.Tensor]], t: float) -> torch.Tensor:
+    """Through the points, at t; Neville's way."""
+    values, places = [each for _, each in points], [place for place, _ in points]
+    for width in range(1, len(points)):
+        values = [
+            ((t - places[i + width]) * values[i] - (t - places[i]) * values[i + 1])
+            / (places[i] - places[i + width])
+            for i in range(len(values) - 1)
+        ]
+    return values[0]
 
 
 def read_in_time(plan: Plan) -> list[tuple[str, int, int]]:

@@ -12,6 +12,7 @@ from diffusers import (
     ConfigMixin,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     ModelMixin,
     PNDMScheduler,
 )
@@ -163,6 +164,30 @@ def test_damped_forecast_follows_the_method(division: str, stride: int) -> None:
     assert (linear - expected).abs().max() > 1e-2
 
 
+LEADS = {"chain of 2": (1, 0), "chain of 3": (1, 1, 0), "nested of 3": (0, 0, 0), "whole": (0,)}
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("division", LEADS)
+def test_continued_latents_follow_the_method(division: str, stride: int, scheduler: Any) -> None:
+    """Not bitwise: the polynomials are summed in another order."""
+    stages, nested = DIVISIONS[division], division.startswith("nested")
+    pipe = sd(unet=toy(), scheduler=scheduler())
+    plan = plan_of(pipe, stages, stride=stride, forecast="latents")
+    if division in FRESH:
+        plan = replace(plan, fresh=tuple(FRESH[division]))
+    settings: dict[str, Any] = {"S": stride, "nested": nested, "fresh": read_in_time(plan)}
+    for w in (1, 4):
+        expected = latents_by_reference(pipe, stages, w=w, leads=LEADS[division], **settings)
+        with asyncdiff.parallelize(pipe, plan=replace(plan, warmup_steps=w)):
+            latents = generate(pipe, steps=STEPS)
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    linear = latents_by_reference(pipe, stages, w=4, **settings)
+    differs = stride > 1 or not (nested or division == "whole")
+    assert ((linear - expected).abs().max() > 1e-2) == differs
+
+
 REAL = {
     "sd PNDM": lambda: sd(scheduler=PNDMScheduler(skip_prk_steps=True)),
     "sd Euler": lambda: sd(unet=unet(layers_per_block=2), scheduler=EulerDiscreteScheduler()),
@@ -179,7 +204,7 @@ REAL = {
 def test_real_denoiser_follows_the_method(name: str, num_stages: int, stride: int, kind: str) -> None:
     pipe = REAL[name]()
     with asyncdiff.parallelize(
-        pipe, num_stages=num_stages, stride=stride, warmup_steps=2, partition=kind
+        pipe, num_stages=num_stages, stride=stride, warmup_steps=2, partition=kind, forecast="linear"
     ) as handle:
         latents = generate(pipe, steps=STEPS)
         stages = [list(names) for names in handle.plan.stages]
@@ -188,3 +213,26 @@ def test_real_denoiser_follows_the_method(name: str, num_stages: int, stride: in
     expected = latents_by_reference(pipe, stages, nested=kind == "nested", S=stride, w=2, fresh=fresh)
     assert torch.equal(latents, expected)
     assert not torch.equal(latents, generate(pipe, steps=STEPS))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "leads"),
+    [
+        ("sd PNDM", (1, 1, 0)),
+        ("sd Euler", (1, 0)),
+        ("sdxl DDIM", (1, 1, 0)),
+        ("sd3 flow matching", (2, 1, 0)),
+    ],
+)
+def test_real_denoiser_with_continued_latents(name: str, leads: tuple[int, ...], stride: int) -> None:
+    """A U-Net has skips past stages; in Stable Diffusion 3 everything goes from stage to stage."""
+    pipe = REAL[name]()
+    options: dict[str, Any] = {"stride": stride, "warmup_steps": 2, "partition": "chain"}
+    with asyncdiff.parallelize(pipe, num_stages=len(leads), forecast="latents", **options) as handle:
+        latents = generate(pipe, steps=STEPS)
+        stages = [list(names) for names in handle.plan.stages]
+    fresh = read_in_time(handle.plan)
+    expected = latents_by_reference(pipe, stages, S=stride, w=2, fresh=fresh, leads=leads)
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+    assert (latents - generate(pipe, steps=STEPS)).abs().max() > 1e-2

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning
         ({"num_stages": 2, "stride": 1.0}, "stride must be an integer"),
         ({"num_stages": 2, "warmup_steps": 0}, "warmup_steps must be at least 1"),
         ({"num_stages": 2, "time_shift": 1}, "time_shift must be True or False"),
-        ({"num_stages": 2, "forecast": "cubic"}, 'forecast must be "none", "linear" or "damped"'),
+        ({"num_stages": 2, "forecast": "cubic"}, 'forecast must be "none", "linear", "damped" or "latents"'),
         ({"num_stages": 2, "runtime": "thread"}, "runtime must be one of auto, local, spawn, torchrun"),
         ({"runtime": "torchrun"}, "was not started by torchrun"),
         ({"num_stages": 2, "partition": "ring"}, "partition must be 'chain', 'nested' or one list"),
@@ -252,14 +252,15 @@ def test_stride_with_a_noise_scheduler_that_cannot_tell_is_refused() -> None:
         finally:
             pipe.unet.forward = parallel
 
-    with asyncdiff.parallelize(pipe, num_stages=2, stride=2):
+    with asyncdiff.parallelize(pipe, num_stages=2, stride=2, forecast="linear"):
         with pytest.raises(
             ConfigurationError, match=r"^stride=2 .* EulerDiscreteScheduler .*\. Use stride=1, or .*\.$"
         ):
             generate_with_louder_latents()
         generate(pipe)
-    with asyncdiff.parallelize(pipe, num_stages=2):
-        generate_with_louder_latents()
+    for ways in ({"forecast": "linear"}, {"stride": 2}):  # latents that are continued need no factor
+        with asyncdiff.parallelize(pipe, num_stages=2, **ways):
+            generate_with_louder_latents()
 
 
 def test_refusals_leave_no_process() -> None:

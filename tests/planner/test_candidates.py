@@ -47,8 +47,9 @@ def test_ages_are_those_of_the_method() -> None:
     assert {key[:2]: each.staleness for key, each in by_division.items() if key[1] == 1} == {
         (1, 1): 0, (2, 1): 1, (3, 1): 2, (4, 1): 3,
     }  # fmt: skip
-    # N=2, S=2: the second step of round b reads H0 of round b - 2.
-    assert (by_division[2, 2, 1].staleness, by_division[2, 2, 1].read_staleness) == (3, 3)
+    # N=2, S=2: the second step of round b reads what was made for b in round b - 2; that of the first round
+    # has only what was made in order.
+    assert (by_division[2, 2, 1].staleness, by_division[2, 2, 1].read_staleness) == (3, 2)
     assert (by_division[1, 2, 1].staleness, by_division[1, 2, 1].read_staleness) == (1, 0)
 
 

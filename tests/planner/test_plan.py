@@ -139,7 +139,7 @@ def test_names_are_one_per_line_in_json(graph: BlockGraph) -> None:
         ({"stride": True}, "stride must be of type int, not True"),
         ({"warmup_steps": 0}, "warmup_steps must be at least 1, but 0 was given"),
         ({"time_shift": 1}, "time_shift must be of type bool, not 1"),
-        ({"forecast": "cubic"}, 'forecast must be "none", "linear" or "damped"'),
+        ({"forecast": "cubic"}, 'forecast must be "none", "linear", "damped" or "latents"'),
         ({"kind": "ring"}, 'kind must be "chain" or "nested"'),
         ({"devices": ["cpu"] * 4}, r"needs 2 devices \(num_stages \+ stride - 1\), or one .* but it lists 4"),
         ({"threads_per_device": 0}, "threads_per_device must be at least 1"),
@@ -222,7 +222,7 @@ def test_driver_s_work_is_estimated_as_blocks_are(graph: BlockGraph) -> None:
 def test_description_is_a_table(graph: BlockGraph) -> None:
     plan = make_plan(graph, Settings(2, stride=2), ["cuda:0", "cuda:1", "cuda:2"])
     assert plan.describe() == (
-        "chain of 2, stride 2, 1 warm-up step, forecast linear, freshness auto\n"
+        "chain of 2, stride 2, 1 warm-up step, forecast latents, freshness auto\n"
         "stage  device          blocks  first .. last                cost   weights\n"
         "0      cuda:0          4       conv_in .. down.1.resnets.0  50.0%  57.1%\n"
         "1      cuda:1, cuda:2  4       mid .. conv_out              50.0%  42.9%\n"

@@ -17,13 +17,14 @@ SHAPES = [(2, 1), (3, 1), (2, 2), (1, 2)]
 
 def settings() -> list[Any]:
     every = itertools.product(
-        SHAPES, ("chain", "nested"), ("linear", "none"), (torch.float32, torch.bfloat16)
+        SHAPES, ("chain", "nested"), ("latents", "none"), (torch.float32, torch.bfloat16)
     )
+    lines = itertools.product(((3, 1), (2, 2)), ("chain",), ("linear",), (torch.float32,))
     return [
         pytest.param(
             shape, kind, forecast, dtype, id=f"N{shape[0]}-S{shape[1]}-{kind}-{forecast}-{str(dtype)[6:]}"
         )
-        for shape, kind, forecast, dtype in every
+        for shape, kind, forecast, dtype in (*every, *lines)
         if shape[0] > 1 or kind == "chain"
     ]
 

@@ -39,6 +39,8 @@ def fresh_plan(pipe: Any, num_stages: int, stride: int, kind: str = "chain", **o
         ((3, 1), "damped", torch.bfloat16),
         ((2, 2), "damped", torch.float32),
         ((2, 2), "none", torch.float32),
+        ((3, 1), "latents", torch.float32),
+        ((2, 2), "latents", torch.bfloat16),
     ],
 )
 def test_spawned_workers_equal_local_executor(

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from asyncdiff.config import FORECASTS
+from asyncdiff.config import STATE_FORECASTS
 from asyncdiff.runtime.trend import Trend, sampled
 
 
@@ -76,7 +76,7 @@ def test_after_a_gap_nothing_is_known() -> None:
     assert trend.damping != 1.0
     trend.observe(e, d, (7, 6))
     assert trend.damping == 1.0
-    for forecast in FORECASTS:
+    for forecast in STATE_FORECASTS:
         assert float(trend.error(forecast)) == pytest.approx(float((e - d).norm() / e.norm()))
 
 
@@ -85,7 +85,7 @@ def test_the_error_is_that_of_each_forecast() -> None:
     trend = Trend()
     trend.observe(b, a, (1, 0))
     missed = pytest.approx(float((b - a).norm() / b.norm()))
-    assert [float(trend.error(forecast)) for forecast in FORECASTS] == [missed] * 3
+    assert [float(trend.error(forecast)) for forecast in STATE_FORECASTS] == [missed] * 3
     trend.observe(c, b, (2, 1))
     damping = float(trend.damping)
     trend.observe(d, c, (4, 2))

@@ -8,7 +8,9 @@ from asyncdiff.schedule import build_schedule, render, staleness
 
 
 def test_grid_of_two_stages_stride_two() -> None:
-    schedule = build_schedule(kind="chain", num_stages=2, stride=2, warmup_steps=1, num_steps=6)
+    schedule = build_schedule(
+        kind="chain", num_stages=2, stride=2, warmup_steps=1, num_steps=6, forecast="linear"
+    )
     assert render(schedule) == (
         "                      | step 0 in order     | steps 1-2           | steps 3-4             | step 5\n"
         "----------------------+---------------------+---------------------+-----------------------+"
@@ -18,6 +20,21 @@ def test_grid_of_two_stages_stride_two() -> None:
         " C1(x5, H0(3~1); t5)>5\n"
         "rank 2 stage 1 copy 1 | -                   | C1(x1, H0(0); t2)>2 | C1(x3, H0(1~0); t4)>4 | -\n"
     )
+
+
+def test_continued_latents_in_a_grid() -> None:
+    schedule = build_schedule(kind="chain", num_stages=2, stride=2, warmup_steps=1, num_steps=6)
+    *_, copy = render(schedule).splitlines()
+    assert copy.split(" | ")[2:4] == ["C1(x1~2, H0(0); t2)>2", "C1(x3~4, H0(3~0); t4)>4"]
+
+
+def test_what_was_made_for_the_step_rests_on_latents_as_old() -> None:
+    """Without skips, stage 0 of four works three steps ahead."""
+    schedule = build_schedule(
+        kind="chain", num_stages=4, stride=1, warmup_steps=1, num_steps=12,
+        crossings=[(0, 1), (1, 2), (2, 3)],
+    )  # fmt: skip
+    assert [(entry.reads, entry.latents) for entry in staleness(schedule)[4:]] == [(((2, 0),), 3)] * 8
 
 
 def test_a_long_grid_can_be_cut() -> None:
@@ -30,7 +47,9 @@ def test_a_long_grid_can_be_cut() -> None:
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 def test_main_path_of_a_chain_rests_on_latents_of_one_step_less_than_its_stages_ago(num_stages: int) -> None:
     """docs/method.md, section 1: the main path of eps_s rests on x_{s-N+1}, a skip on x_{s-1}."""
-    schedule = build_schedule(kind="chain", num_stages=num_stages, stride=1, warmup_steps=1, num_steps=12)
+    schedule = build_schedule(
+        kind="chain", num_stages=num_stages, stride=1, warmup_steps=1, num_steps=12, forecast="none"
+    )
     for entry in staleness(schedule)[num_stages:]:
         assert entry.latents == num_stages - 1
         assert entry.reads == tuple((segment, 1) for segment in range(num_stages - 1))
@@ -50,7 +69,9 @@ def test_deep_path_of_a_nested_split_is_one_step_old() -> None:
 
 def test_staleness_of_strides_grows_within_a_round() -> None:
     """Round b reads the state labelled b-2 for steps b and b+1, and all its copies start from x_b."""
-    schedule = build_schedule(kind="chain", num_stages=2, stride=2, warmup_steps=1, num_steps=9)
+    schedule = build_schedule(
+        kind="chain", num_stages=2, stride=2, warmup_steps=1, num_steps=9, forecast="none"
+    )
     assert [entry.reads for entry in staleness(schedule)[3:7]] == [((0, 2),), ((0, 3),), ((0, 2),), ((0, 3),)]
     single = build_schedule(kind="chain", num_stages=1, stride=2, warmup_steps=1, num_steps=5)
     assert [entry.latents for entry in staleness(single)] == [0, 0, 1, 0, 1]

@@ -63,9 +63,9 @@ def test_impossible_counts_are_refused(arguments: tuple, message: str) -> None:
         ({"time_shift": 1}, "time_shift must be True or False, but 1 was given."),
         (
             {"forecast": "quadratic"},
-            'forecast must be "none", "linear" or "damped", but \'quadratic\' was given.',
+            'forecast must be "none", "linear", "damped" or "latents", but \'quadratic\' was given.',
         ),
-        ({"forecast": None}, 'forecast must be "none", "linear" or "damped", but None was given.'),
+        ({"forecast": None}, 'forecast must be "none", "linear", "damped" or "latents", but None was given.'),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
@@ -95,5 +95,5 @@ def test_workers_of_settings() -> None:
 
 
 def test_other_format_versions_of_a_schedule_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="format version 3"):
-        from_dict({"format_version": 3})
+    with pytest.raises(ConfigurationError, match="format version 4"):
+        from_dict({"format_version": 4})

@@ -18,6 +18,7 @@ from functools import cache
 
 import pytest
 
+from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule import (
     Compute,
     Predict,
@@ -40,8 +41,11 @@ def term(*parts: object) -> int:
     return _TERMS.setdefault(parts, len(_TERMS))
 
 
-def ran(segment: int, inputs: int, timestep: int, reads: dict[int, int], fresh: dict[int, int]) -> int:
-    """`reads`: of each foreign segment, and of the own ones before; `fresh`: what is read of it in time."""
+def ran(
+    segment: int, inputs: tuple[int, int], timestep: int, reads: dict[int, int], fresh: dict[int, int]
+) -> int:
+    """`inputs`: the step whose they are, and the step to which the latents are continued. `reads`: of each
+    foreign segment, and of the own ones before; `fresh`: what is read of it in time."""
     return term("C", segment, inputs, timestep, *(tuple(sorted(part.items())) for part in (reads, fresh)))
 
 
@@ -65,11 +69,15 @@ class Case:
     freshness: str = "auto"
     later: frozenset[int] = frozenset()  # in order after warm-up
     in_time: frozenset[tuple[int, int]] = frozenset()  # (producer, reader) pairs with leaves read fresh
+    skips: bool = True  # every stage reads of all before it, not of the last one only
 
 
 def model(case: Case) -> list[int]:
     """The term of every prediction, from the formulas."""
-    eps = nested_model(case) if case.kind == "nested" and case.N > 1 else chain_model(case)
+    if case.kind == "nested" and case.N > 1:
+        eps = nested_model(case)
+    else:
+        eps = ahead_model(case) if case.forecast == "latents" else chain_model(case)
     return [eps(s) for s in range(case.first, case.T)]
 
 
@@ -105,6 +113,12 @@ def shared_step(case: Case, b: int) -> int:
     """Whose timestep conditions the stages that run once in a round: the last one's, as in the paper, or with
     a forecast that of the step whose latents they read (section 5)."""
     return min(b + case.S, case.T) - 1 if case.forecast == "none" else b
+
+
+def inputs_for(case: Case, b: int, q: int) -> tuple[int, int]:
+    """What an evaluation in the round of b that is conditioned on step q is given of the denoiser's inputs:
+    those of b, with the latents continued to q if that is the forecast (section 5)."""
+    return b, q if case.forecast == "latents" else b
 
 
 def label_before(case: Case, label: int) -> int | None:
@@ -146,15 +160,57 @@ def chain_model(case: Case) -> Callable[[int], int]:
     @cache
     def H(k: int, b: int) -> int:  # noqa: N802
         if is_in_order(case, b):
-            return ran(k, b, b, *reads_in_order(k, b))
+            return ran(k, (b, b), b, *reads_in_order(k, b))
         q = shared_step(case, b)
-        return ran(k, b, conditioning(case, q), *reads(k, b, q))
+        return ran(k, (b, b), conditioning(case, q), *reads(k, b, q))
 
     def eps(s: int) -> int:
         if is_in_order(case, s):
-            return ran(N - 1, s, s, *reads_in_order(N - 1, s))
+            return ran(N - 1, (s, s), s, *reads_in_order(N - 1, s))
         b = round_start(case, s)
-        return ran(N - 1, b, conditioning(case, s), *reads(N - 1, b, s))
+        return ran(N - 1, (b, b), conditioning(case, s), *reads(N - 1, b, s))
+
+    return eps
+
+
+def ahead_model(case: Case) -> Callable[[int], int]:
+    """Section 5: latents continued. Stage k makes its state for the first step of a round that has not come
+    yet: as many rounds ahead as its output is on its way; one at most where stages are skipped."""
+    N = case.N
+    before, in_order = rounds(case)
+
+    def target(k: int, b: int) -> int:
+        ahead = min(1, N - 1 - k) if case.skips and N > 2 else N - 1 - k
+        return b if b in in_order else b + case.S * ahead
+
+    def sources(k: int) -> range:
+        return range(k) if case.skips else range(max(0, k - 1), k)
+
+    def taken(j: int, made_in: list[int], q: int) -> int:
+        """Of the states that stage j made in these rounds, the one for q, or the line through the nearest."""
+        made = {target(j, b): H(j, b) for b in made_in if target(j, b) < case.T}
+        if q in made or len(made) == 1:
+            return made.get(q) or next(iter(made.values()))
+        later, earlier = sorted(sorted(made, reverse=True), key=lambda label: abs(label - q))[:2]
+        later, earlier = max(later, earlier), min(later, earlier)
+        return line(made[later], made[earlier], Fraction(q - later, later - earlier))
+
+    def evaluated(k: int, b: int, q: int) -> int:
+        past = [start for start in before if start < b]
+        late = {j: taken(j, past, q) for j in sources(k)}
+        fresh = {j: taken(j, [*past, b], q) for j in range(k) if (j, k) in case.in_time}
+        return ran(k, (b, q), conditioning(case, q), late, fresh)
+
+    @cache
+    def H(k: int, b: int) -> int:  # noqa: N802
+        if b in in_order:
+            fresh = {j: H(j, b) for j in range(k) if (j, k) in case.in_time}
+            return ran(k, (b, b), b, {j: H(j, b) for j in sources(k)}, fresh)
+        return evaluated(k, b, target(k, b))
+
+    def eps(s: int) -> int:
+        b = round_start(case, s)
+        return H(N - 1, s) if b in in_order else evaluated(N - 1, b, s)
 
     return eps
 
@@ -165,7 +221,8 @@ def nested_model(case: Case) -> Callable[[int], int]:
 
     def E(b: int, s: int) -> int:  # noqa: N802
         """The outer stage's first part: the latents of step b, the timestep of step s."""
-        return ran(0, b, s if is_in_order(case, b) else conditioning(case, s), {}, {})
+        inputs = inputs_for(case, b, s)
+        return ran(0, inputs, s if is_in_order(case, b) else conditioning(case, s), {}, {})
 
     def state_of_E(_: int, b: int) -> int:  # noqa: N802
         return E(b, b) if is_in_order(case, b) else E(b, shared_step(case, b))
@@ -177,21 +234,21 @@ def nested_model(case: Case) -> Callable[[int], int]:
     def A(k: int, b: int) -> int:  # noqa: N802
         if is_in_order(case, b):
             own = {0: E(b, b), **{j: A(j, b) for j in range(1, k)}}
-            return ran(k, b, b, own, in_time(k, lambda j: A(j, b)))
+            return ran(k, (b, b), b, own, in_time(k, lambda j: A(j, b)))
         q = shared_step(case, b)
         late = {j: last_states(case, A, j, b, q) for j in range(1, k)}
         of_E = E(b, q) if case.freshness == "auto" else last_states(case, state_of_E, 0, b, q)
         fresh = in_time(k, lambda j: state_in_time(case, A, j, b, q))
-        return ran(k, b, conditioning(case, q), {0: of_E, **late}, fresh)
+        return ran(k, (b, b), conditioning(case, q), {0: of_E, **late}, fresh)
 
     def eps(s: int) -> int:
         if is_in_order(case, s):
             own = {0: E(s, s), **{k: A(k, s) for k in inner}}
-            return ran(N, s, s, own, in_time(N, lambda j: A(j, s)))
+            return ran(N, (s, s), s, own, in_time(N, lambda j: A(j, s)))
         b = round_start(case, s)
         reads = {k: last_states(case, A, k, b, s) for k in inner}
         fresh = in_time(N, lambda j: state_in_time(case, A, j, b, s))
-        return ran(N, b, conditioning(case, s), {0: E(b, s), **reads}, fresh)
+        return ran(N, inputs_for(case, b, s), conditioning(case, s), {0: E(b, s), **reads}, fresh)
 
     return eps
 
@@ -249,7 +306,8 @@ class Worker:
         assert len(reads) + len(fresh) == len(op.reads)
         own = {s: t for s, t in self.forward[op.step].items() if s < op.segment}
         assert not own.keys() & reads.keys()
-        result = ran(op.segment, op.input_step, op.condition_step, {**own, **reads}, fresh)
+        inputs = op.input_step, op.latents_step
+        result = ran(op.segment, inputs, op.condition_step, {**own, **reads}, fresh)
         self.forward[op.step][op.segment] = self.made[op.value] = result
 
     def read(self, read: Read) -> int:
@@ -285,6 +343,7 @@ def build(case: Case) -> Schedule:
     return build_schedule(
         kind=case.kind, num_stages=case.N, stride=case.S, warmup_steps=case.warmup, num_steps=case.T,
         first_step=case.first, time_shift=case.shift, forecast=case.forecast, freshness=case.freshness,
+        crossings=None if case.skips else [(k, k + 1) for k in range(case.N - 1)],
         fresh_crossings=case.in_time, in_order_steps=case.later,
     )  # fmt: skip
 
@@ -303,6 +362,38 @@ def test_schedule_computes_what_the_formulas_say(kind: str, N: int) -> None:
         range(1, 4), range(1, 8), range(5, 14), (False, True), ("none", "linear")
     ):
         check(Case(kind, N, S, w, T, shift, forecast))
+
+
+@pytest.mark.parametrize(
+    ("kind", "N", "skips"),
+    [("chain", n, skips) for n in range(1, 6) for skips in (False, True)]
+    + [("nested", n, True) for n in range(2, 5)],
+)
+def test_latents_continued(kind: str, N: int, skips: bool) -> None:
+    _TERMS.clear()
+    for S, w, T, shift in itertools.product(range(1, 4), range(1, 5), range(5, 14), (False, True)):
+        check(Case(kind, N, S, w, T, shift, "latents", skips=skips))
+        case = Case(
+            kind, N, S, w, T + 3, shift, "latents", first=3, later=frozenset({w + 3, w + 4}), skips=skips
+        )
+        check(case)
+        validate(build(case))
+
+
+@pytest.mark.parametrize("N", [2, 3, 4])
+def test_latents_continued_and_states_in_time(N: int) -> None:
+    _TERMS.clear()
+    for in_time, S, w, T in itertools.product(
+        pairs_in_time("chain", N), range(1, 4), (1, 2, 4), range(5, 11)
+    ):
+        case = Case("chain", N, S, w, T, S == 2, "latents", in_time=in_time)
+        check(case)
+        validate(build(case))
+
+
+def test_no_step_runs_in_order_after_others_worked_ahead_of_it() -> None:
+    with pytest.raises(ConfigurationError, match="step 5 cannot run in order after one that did not"):
+        build(Case("chain", 2, 1, 1, 9, False, "latents", later=frozenset({1, 5})))
 
 
 @pytest.mark.parametrize("kind", ["chain", "nested"])

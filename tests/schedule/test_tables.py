@@ -22,7 +22,8 @@ def texts(schedule: Schedule, first_step: int) -> list[str]:
                 for read in op.reads
                 for term in read.terms
             )
-            found.append(f"{rank}: C{op.segment}(x{op.input_step}{reads}; t{op.condition_step})")
+            latents = f"x{op.input_step}" + f"~{op.latents_step}" * (op.latents_step != op.input_step)
+            found.append(f"{rank}: C{op.segment}({latents}{reads}; t{op.condition_step})")
     return found
 
 
@@ -129,6 +130,28 @@ def test_forecast_reaches_to_the_step_that_conditions_the_reader() -> None:
         "1: C1(x5, 2 H0(3), -1 H0(1); t5)",
         "2: C2(x5, 2 H0(3), -1 H0(1), 2 H1(3), -1 H1(1); t5)",
         "3: C2(x5, 2.5 H0(3), -1.5 H0(1), 2.5 H1(3), -1.5 H1(1); t6)",
+    ]
+
+
+def test_continued_latents_make_states_for_steps_to_come() -> None:
+    """Without skips stage k of 3 works 2 - k rounds ahead; the first round has but one state to read."""
+    schedule = chain(3, 1, 1, 8, forecast="latents", crossings=[(0, 1), (1, 2)])
+    assert texts(schedule, 1) == [
+        "0: C0(x1~3; t3)", "1: C1(x1~2, H0(0); t2)", "2: C2(x1, H1(0); t1)",
+    ]  # fmt: skip
+    assert texts(schedule, 4) == [
+        "0: C0(x4~6; t6)", "1: C1(x4~5, H0(5); t5)", "2: C2(x4, H1(4); t4)",
+    ]  # fmt: skip
+    assert texts(schedule, 7) == ["2: C2(x7, H1(7); t7)"]
+
+
+def test_with_skips_the_latents_are_continued_over_one_round() -> None:
+    """Both stages before the last make their state for the next round, the second through a line."""
+    schedule = chain(3, 1, 1, 8, forecast="latents")
+    assert texts(schedule, 4) == [
+        "0: C0(x4~5; t5)",
+        "1: C1(x4~5, 2 H0(4), -1 H0(3); t5)",
+        "2: C2(x4, H0(4), H1(4); t4)",
     ]
 
 

@@ -232,12 +232,14 @@ def test_missing_and_repeated_rounds_are_rejected() -> None:
 
 
 def two_stages() -> Schedule:
-    return build_schedule(kind="chain", num_stages=2, stride=2, warmup_steps=2, num_steps=8)
+    return build_schedule(
+        kind="chain", num_stages=2, stride=2, warmup_steps=2, num_steps=8, forecast="linear"
+    )
 
 
 def test_a_computation_without_use_is_rejected() -> None:
     """C0 of the last round, which no later round reads."""
-    unused = Compute(0, 6, Value(0, 6), 6, 7)
+    unused = Compute(0, 6, Value(0, 6), 6, 6, 7)
     mutant = edited(two_stages(), lambda ops: [unused, *ops], -1, 0)
     with pytest.raises(ScheduleError, match="computed but never used"):
         validate(mutant)

@@ -109,7 +109,7 @@ def run_demo(
     warmup_steps: int | str = 1,
     tolerance: float | None = None,
     time_shift: bool = False,
-    forecast: str = "linear",
+    forecast: str = "latents",
     freshness: str = "auto",
     steps: int = 50,
     seed: int = 0,

@@ -201,7 +201,7 @@ def quality_table(measured: dict[str, Any]) -> str:
     versions = measured["environment"]["packages"]
     note = (
         f"dB, mean of {len(DEMO_CAPTIONS)} captions (worst one in parentheses); {results[0].num_stages} "
-        f"stages, one warm-up step, linear forecast. torch {versions['torch']}, diffusers "
+        f"stages, one warm-up step, defaults otherwise. torch {versions['torch']}, diffusers "
         f"{versions['diffusers']}. Made by `{measured['command']}`."
     )
     return "\n".join([*rows, "", note])

@@ -170,7 +170,7 @@ def run_step(
     devices: Sequence[str],
     num_stages: int,
     stride: int = 1,
-    forecast: str = "linear",
+    forecast: str = "latents",
     freshness: str = "auto",
     time_shift: bool = False,
     runs: int = 3,

@@ -20,7 +20,7 @@ from asyncdiff.cli.failures import DEBUG_VARIABLE
 from asyncdiff.config import AUTO, DEFAULT_TOLERANCE, settle
 from asyncdiff.errors import ConfigurationError
 
-Forecast: TypeAlias = Literal["none", "linear", "damped"]
+Forecast: TypeAlias = Literal["none", "linear", "damped", "latents"]
 Freshness: TypeAlias = Literal["auto", "paper"]
 Dtype: TypeAlias = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -108,8 +108,9 @@ ForecastOption = Annotated[
     typer.Option(
         "--forecast",
         rich_help_panel=_METHOD,
-        help="How a stage uses states that are a step old: 'linear' continues them, 'damped' as far as that "
-        "has held so far, 'none' is the published method.",
+        help="How stages make up for what reaches them a step late: 'latents' continues the latents, so that "
+        "they work for the step to come, 'linear' continues the states, 'damped' as far as that has held so "
+        "far, 'none' is the published method.",
     ),
 ]
 FreshnessOption = Annotated[

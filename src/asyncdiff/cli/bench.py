@@ -275,7 +275,7 @@ def step(
     stages: arguments.StagesOption = None,
     stride: arguments.StrideOption = 1,
     time_shift: arguments.TimeShiftOption = False,
-    forecast: arguments.ForecastOption = "linear",
+    forecast: arguments.ForecastOption = "latents",
     freshness: arguments.FreshnessOption = "auto",
     debug: arguments.DebugOption = False,
 ) -> None:

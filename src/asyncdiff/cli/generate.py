@@ -149,7 +149,7 @@ def generate(
     warmup_steps: arguments.WarmupOption = "1",
     tolerance: arguments.ToleranceOption = None,
     time_shift: arguments.TimeShiftOption = False,
-    forecast: arguments.ForecastOption = "linear",
+    forecast: arguments.ForecastOption = "latents",
     freshness: arguments.FreshnessOption = "auto",
     debug: arguments.DebugOption = False,
 ) -> None:

@@ -94,7 +94,7 @@ def plan(
         ),
     ] = "1",
     time_shift: arguments.TimeShiftOption = False,
-    forecast: arguments.ForecastOption = "linear",
+    forecast: arguments.ForecastOption = "latents",
     freshness: arguments.FreshnessOption = "auto",
     max_staleness: Annotated[
         int | None,

@@ -84,8 +84,8 @@ def quality(
         ),
     ] = None,
     forecast: Annotated[
-        str, typer.Option("--forecast", metavar="LIST", help="Of none, linear, damped.")
-    ] = "none,linear",
+        str, typer.Option("--forecast", metavar="LIST", help="Of none, linear, damped, latents.")
+    ] = "none,latents",
     freshness: Annotated[
         str, typer.Option("--freshness", metavar="LIST", help="Of paper, auto.")
     ] = "paper,auto",

@@ -50,7 +50,7 @@ def parallelize(
     warmup_steps: int | str = 1,
     tolerance: float | None = None,
     time_shift: bool = False,
-    forecast: str = "linear",
+    forecast: str = "latents",
     freshness: str = "auto",
     partition: PartitionRequest = None,
     plan: Plan | Mapping[str, Plan] | None = None,
@@ -63,9 +63,9 @@ def parallelize(
     them. Without devices but with `num_stages`, all stages run in this process (runtime "local"): the image
     that as many devices would give. Under torchrun every rank calls this; ranks above 0 become workers and
     leave by `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`, `time_shift`: Chen et al. 2024,
-    sections 3.2-3.3; `forecast`: "linear" or "damped" (docs/method.md, section 5), or "none", as in the
-    paper. `freshness`: "auto", so that a stage reads what arrives in time at the step it was produced in
-    (section 6), or "paper": one step late. `warmup_steps="auto"`: at least one step runs in order, and then
+    sections 3.2-3.3; `forecast`: "latents", "linear" or "damped" (docs/method.md, section 5), or "none", as
+    in the paper. `freshness`: "auto", so that a stage reads what arrives in time at the step it was produced
+    in (section 6), or "paper": one step late. `warmup_steps="auto"`: at least one step runs in order, then
     every one while the relative error of the forecast is above `tolerance` (0.3); `last_run.steps_in_order`
     tells which. `partition`: "chain", "nested", module names per stage, or None to choose the kind by speed,
     weights per device and traffic. `plan`: a saved or edited plan, which then settles all of this but the
@@ -100,7 +100,7 @@ class Wish:
     warmup_steps: int | str = 1
     tolerance: float | None = None
     time_shift: bool = False
-    forecast: str = "linear"
+    forecast: str = "latents"
     freshness: str = "auto"
     partition: PartitionRequest = None
     plan: Plan | Mapping[str, Plan] | None = None
@@ -192,7 +192,7 @@ def plan(
     warmup_steps: int | str = 1,
     tolerance: float | None = None,
     time_shift: bool = False,
-    forecast: str = "linear",
+    forecast: str = "latents",
     freshness: str = "auto",
     partition: PartitionRequest = None,
     profile: bool = False,

@@ -39,7 +39,9 @@ from asyncdiff.pipeline.run_state import (
     ChannelState,
     Conditions,
     schedule_for,
+    steps_ahead,
     timestep_argument,
+    with_line,
 )
 from asyncdiff.pipeline.runs import PlacedCall, Runs
 from asyncdiff.pipeline.scheduler_lookup import calling_pipeline
@@ -219,6 +221,8 @@ class Installation:
         state = self._channel_state(call, analysis)
         argument = timestep_argument(inputs)
         state.arguments[position.step] = argument.clone() if isinstance(argument, torch.Tensor) else argument
+        if state.schedule.continues_latents:
+            state.observe(call, inputs)
         if state.schedule.round_of(position.step).first_step == position.step:
             self._start_round(call, inputs, state)
         leaves = self.executor.prediction(call.run, position.channel, position.step)
@@ -228,13 +232,16 @@ class Installation:
         return leaves
 
     def _start_round(self, call: PlacedCall, inputs: Inputs, state: ChannelState) -> None:
-        step, settings = call.position.step, state.settings
-        if settings.tolerance is not None and not state.error <= settings.tolerance:
+        step = call.position.step
+        if state.settings.tolerance is not None and not state.error <= state.settings.tolerance:
             state.run_in_order(step)
-        conditions_of_call = Conditions(self.settings, call, inputs)
+        if state.schedule.continues_latents and not state.is_sure:
+            self._foresee(call, inputs, state)
+        settings = state.settings
+        conditions_of_call = Conditions(settings, call, inputs)
         if call.position.placed:
             conditions_of_call.observe()
-        conditions = conditions_of_call.for_round(state.schedule.round_of(step), state.arguments)
+        conditions = conditions_of_call.for_round(state.schedule.round_of(step), state.known_arguments)
         if conditions is None:  # the timesteps to come are not known yet: learn from another step in order
             state.run_in_order(step)
             conditions = {}
@@ -244,20 +251,35 @@ class Installation:
             key=state.analysis.number,
             first_step=step,
             floats=inputs.floats(),
-            history_depth=1 if settings.forecast == "none" and settings.tolerance is None else 2,
+            history_depth=state.history_depth,
             conditions=dict(conditions),
             timestep_name=timestep_name(inputs.names),
             latents_name=inputs.latents,
             gauged=settings.forecast if settings.tolerance is not None else None,
         )
+        round_ = state.schedule.round_of(step)
         self.executor.run_round(
             RoundCall(
                 info,
-                round=state.schedule.round_of(step),
+                round=round_,
                 tensors=inputs.tensors(),
+                continued={
+                    ahead: state.course.continued(state.place(ahead)) for ahead in steps_ahead(round_)
+                },
                 following=self._following(call, inputs, info, state),
             )
         )
+
+    def _foresee(self, call: PlacedCall, inputs: Inputs, state: ChannelState) -> None:
+        """Find out what the timesteps to come will be; where they follow no known rule, no stage works ahead.
+
+        What is not sure yet is looked at again in the next round: it may have been rounded in another way.
+        """
+        conditions = Conditions(state.settings, call, inputs)
+        if conditions.can_foresee():
+            state.foreseen, state.is_sure = conditions.foreseen(state.schedule.num_steps)
+        else:
+            state.forecast_states(call.position.step)
 
     def _following(
         self, call: PlacedCall, inputs: Inputs, info: RoundInfo, state: ChannelState
@@ -275,14 +297,17 @@ class Installation:
         key = (call.run, call.position.channel)
         state = self._channels.get(key)
         if state is None or not state.follows(call.position, analysis):
-            state = ChannelState(analysis, self.settings, self._schedule(call.position, analysis))
+            # A gate looks at how well states are forecast, so they are what is.
+            gated = self.settings.tolerance is not None and self.settings.forecast == "latents"
+            settings = with_line(self.settings) if gated else self.settings
+            state = ChannelState(analysis, settings, self._schedule(call.position, analysis, settings))
             self._channels[key] = state
         return state
 
-    def _schedule(self, position: Position, analysis: Analysis) -> Schedule:
+    def _schedule(self, position: Position, analysis: Analysis, settings: Settings) -> Schedule:
         """From this step to the end of the run; a call that cannot be placed is a run of one step."""
         num_steps = position.num_steps if position.placed and position.num_steps else position.step + 1
-        return schedule_for(analysis.partition.kind, analysis.wiring, self.settings, position.step, num_steps)
+        return schedule_for(analysis.partition.kind, analysis.wiring, settings, position.step, num_steps)
 
     # -- where a call stands ---------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def following_round(
     if timestep is None:
         return None
     following = state.schedule.round_of(step)
-    conditions = Conditions(state.settings, later, inputs).for_round(following, state.arguments)
+    conditions = Conditions(state.settings, later, inputs).for_round(following, state.known_arguments)
     if conditions is None:
         return None
     tensors = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.graph.wiring import Wiring
 from asyncdiff.pipeline.analysis import Analysis
+from asyncdiff.pipeline.course import Course
 from asyncdiff.pipeline.noise_scheduler import scaled_inputs_of, timesteps_of
 from asyncdiff.pipeline.runs import PlacedCall
 from asyncdiff.pipeline.timesteps import input_scale, other_step_names, scaled_part, timestep_name
@@ -26,32 +27,78 @@ from asyncdiff.tracking import Position
 class ChannelState:
     """One channel of a run: which schedule it follows since `schedule.first_step`, for which input structure.
 
-    `settings`: what the schedule was built from. `arguments`: timestep argument of the denoiser by step.
-    `in_order`: the steps after warm-up that run in order. `error`: the relative error of the forecasts, as
-    far as the last round's predictions told; infinite before any has.
+    `settings`: what the schedule was built from. `arguments`: timestep argument of the denoiser by step;
+    `foreseen`: of all steps to come, where latents are continued, and whether they are known (`is_sure`).
+    `in_order`: the steps after warm-up that run in
+    order. `error`: the relative error of the forecasts, as far as the last round's predictions told; infinite
+    before any has. `course`: what the inputs have been, where they are continued; `places`: the steps' places
+    on it.
     """
 
     analysis: Analysis
     settings: Settings
     schedule: Schedule
     arguments: dict[int, Any] = field(default_factory=dict)
+    foreseen: dict[int, Any] = field(default_factory=dict)
+    is_sure: bool = False
     in_order: frozenset[int] = frozenset()
     error: float = math.inf
+    course: Course = field(default_factory=Course)
+    places: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def known_arguments(self) -> dict[int, Any]:
+        """The timestep arguments of steps that were and, as far as they are foreseen, of those to come."""
+        return {**self.foreseen, **self.arguments}
 
     def follows(self, position: Position, analysis: Analysis) -> bool:
         """Whether its states are those of the previous step of this structure."""
         covers = self.schedule.first_step <= position.step < self.schedule.num_steps
         return self.analysis is analysis and covers and position.first_step <= self.schedule.first_step
 
+    def observe(self, call: PlacedCall, inputs: Inputs) -> None:
+        """Note what the inputs are at the step of the call."""
+        position, timesteps = call.position, timesteps_of(call.scheduler)
+        if not self.places and position.placed and timesteps is not None and timesteps.dim() == 1:
+            first = position.timestep_index - position.step
+            self.places = {index - first: float(each) for index, each in enumerate(timesteps.tolist())}
+        self.course.observe(
+            self.place(position.step),
+            inputs.tensors(),
+            latents=inputs.latents,
+            without=timestep_name(inputs.names),
+        )
+
+    def place(self, step: int) -> float:
+        """Where a step lies on the course of the inputs: its timestep, over which they run most evenly."""
+        return self.places.get(step, float(step))
+
     def run_in_order(self, step: int) -> None:
         """Run `step` in order, which no round has been started for. The states of the steps before it stay
         good: those of the last step have been sent to every worker that reads them a round later.
         """
         self.in_order |= {step}
+        self._reschedule(self.schedule.first_step)
+
+    def forecast_states(self, step: int) -> None:
+        """Continue states instead of latents from `step` on, which no round has been started for: if any has
+        worked ahead by then, from the beginning."""
+        self.settings = with_line(self.settings)
+        first = self.schedule.first_step
+        has_worked_ahead = not all(self.schedule.round_of(before).in_order for before in range(first, step))
+        self._reschedule(step if has_worked_ahead else first)
+
+    def _reschedule(self, first_step: int) -> None:
         old = self.schedule
         self.schedule = schedule_for(
-            old.kind, self.analysis.wiring, self.settings, old.first_step, old.num_steps, self.in_order
+            old.kind, self.analysis.wiring, self.settings, first_step, old.num_steps, self.in_order
         )
+
+    @property
+    def history_depth(self) -> int:
+        """How many versions of a state later rounds may look at: those they read, and the two from which the
+        error of a forecast is told."""
+        return max(self.schedule.history_depth, 1 if self.settings.tolerance is None else 2)
 
     def note_error(self, step: int, error: float) -> None:
         """What came with the prediction for a step; of a round, the largest counts."""
@@ -99,10 +146,16 @@ def _schedule_for(
     )
 
 
+def with_line(settings: Settings) -> Settings:
+    """The settings for a run whose latents cannot be continued."""
+    return replace(settings, forecast="linear")
+
+
 class Conditions:
     """Timesteps and scales for evaluations that are conditioned on another step than the call's own.
 
-    Needed with time shift (the timestep of the step before) and stride > 1 (those of steps to come).
+    Needed with time shift (the timestep of the step before), with stride > 1 and where latents are continued
+    (those of steps to come). `settings`: those of the channel.
     """
 
     def __init__(self, settings: Settings, call: PlacedCall, inputs: Inputs) -> None:
@@ -116,14 +169,40 @@ class Conditions:
         if self._settings.stride > 1 and timesteps is not None and argument is not None:
             self._call.timesteps.observe(timesteps[self._call.position.timestep_index], argument)
 
+    def can_foresee(self) -> bool:
+        """Whether the inputs of steps to come are the latents continued and a timestep that can be told, from
+        this call and those before."""
+        timesteps, argument = timesteps_of(self._call.scheduler), timestep_argument(self._inputs)
+        if not self._call.position.placed or timesteps is None or argument is None:
+            return False
+        if other_step_names(self._inputs.names):
+            return False
+        try:
+            self._call.timesteps.observe(timesteps[self._call.position.timestep_index], argument)
+        except ConfigurationError:
+            return False
+        return True
+
+    def foreseen(self, num_steps: int) -> tuple[dict[int, Any], bool]:
+        """The timestep arguments of all steps to come, and whether they are known: else some may be rounded
+        in another way. It waits for the device that holds them."""
+        timesteps, like = timesteps_of(self._call.scheduler), timestep_argument(self._inputs)
+        assert timesteps is not None
+        found = {
+            step: self._call.timesteps.map.likely_argument_for(timesteps[self._index(step)], like)
+            for step in range(self._call.position.step + 1, num_steps)
+        }
+        arguments = {step: argument for step, (argument, _) in found.items()}
+        return arguments, all(is_sure for _, is_sure in found.values())
+
     def for_round(self, round_: Round, arguments: Mapping[int, Any]) -> dict[int, Condition] | None:
         """By condition step, what replaces the call's own timestep and scale; None where it is not known yet.
 
-        `arguments`: timestep argument of the denoiser at steps that were.
+        `arguments`: timestep argument of the denoiser at steps that are known.
         """
         found: dict[int, Condition] = {}
         for condition_step, evaluated in _condition_steps(round_, self._settings.time_shift).items():
-            scale = self._scale(evaluated)
+            scale = None if self._settings.forecast == "latents" else self._scale(evaluated)
             if condition_step == self._call.position.step and scale is None:
                 continue
             timestep = (
@@ -179,6 +258,16 @@ class Conditions:
     def _index(self, step: int) -> int:
         """The step's place in the noise scheduler's timesteps."""
         return self._call.position.timestep_index + step - self._call.position.step
+
+
+def steps_ahead(round_: Round) -> set[int]:
+    """The steps to come for which a round continues the latents."""
+    return {
+        op.latents_step
+        for ops in round_.ops
+        for op in ops
+        if isinstance(op, Compute) and op.latents_step != op.input_step
+    }
 
 
 def timestep_argument(inputs: Inputs) -> Any:

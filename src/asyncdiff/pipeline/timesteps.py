@@ -131,15 +131,23 @@ class TimestepMap:
         remain that disagree about this timestep; run further steps in order and observe them. Raises
         ConfigurationError where `is_refuted`.
         """
+        likely, is_sure = self.likely_argument_for(scheduler_timestep, like)
+        return likely if is_sure else None
+
+    def likely_argument_for(self, scheduler_timestep: Number, like: Number) -> tuple[Number | None, bool]:
+        """The same, and whether it is known; where remaining forms disagree, what most pipelines would pass,
+        which cast the timestep to the argument's dtype before anything else."""
         if self.is_refuted:
             raise ConfigurationError(self.refusal())
         timestep, values = _tensor(scheduler_timestep), _tensor(like)
-        candidates = [form.apply(timestep, values.dtype) for form in self._forms or ()]
-        if not candidates or not all(torch.equal(candidate, candidates[0]) for candidate in candidates[1:]):
-            return None
+        forms = sorted(self._forms or (), key=lambda form: form.compute_dtype != values.dtype)
+        if not forms:
+            return None, False
+        first, *others = (form.apply(timestep, values.dtype) for form in forms)
+        is_sure = all(torch.equal(first, other) for other in others)
         if not isinstance(like, torch.Tensor):
-            return type(like)(candidates[0].item())
-        return torch.empty_like(values).copy_(candidates[0].reshape(()).expand(values.shape))
+            return type(like)(first.item()), is_sure
+        return torch.empty_like(values).copy_(first.reshape(()).expand(values.shape)), is_sure
 
     def refusal(self) -> str:
         """Why stride > 1 and look-ahead are refused: for a ConfigurationError."""

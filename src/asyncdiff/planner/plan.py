@@ -37,7 +37,7 @@ class Plan:
     stride: int = 1
     warmup_steps: int = 1
     time_shift: bool = False
-    forecast: str = "linear"
+    forecast: str = "latents"
     freshness: str = "auto"
     fresh: tuple[tuple[str, int], ...] = ()
     tolerance: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import psutil
@@ -15,7 +15,7 @@ from asyncdiff.errors import ParallelizedError
 from asyncdiff.graph.wiring import Wiring
 from asyncdiff.protocol.messages import RoundInfo, WorkerReport
 from asyncdiff.runtime.interpreter import RoundTask
-from asyncdiff.schedule import Round
+from asyncdiff.schedule import Compute, Round
 from asyncdiff.stage import StageSpec
 from asyncdiff.weights import Skeleton
 
@@ -24,17 +24,25 @@ from asyncdiff.weights import Skeleton
 class RoundCall:
     """One round for all ranks, with every tensor input of the call that starts it.
 
+    `continued`: by step, what stands in for some of them in evaluations with that `latents_step`.
     `following`: the round that will come next if all goes as before, with the inputs that are known already.
     """
 
     info: RoundInfo
     round: Round
     tensors: Mapping[str, torch.Tensor]
+    continued: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     following: RoundCall | None = None
 
     def task(self, rank: int) -> RoundTask:
         """The part of one rank that is in this process."""
-        return RoundTask(self.info, self.round.ops[rank], self.tensors)
+        return RoundTask(self.info, self.round.ops[rank], self.tensors_of(rank))
+
+    def tensors_of(self, rank: int) -> Mapping[str, torch.Tensor]:
+        """The tensor inputs that a rank is given: a rank evaluates for one step in a round."""
+        steps = {op.latents_step for op in self.round.ops[rank] if isinstance(op, Compute)}
+        replaced = [self.continued[step] for step in steps if step in self.continued]
+        return {**self.tensors, **replaced[0]} if replaced else self.tensors
 
 
 class Executor(Protocol):

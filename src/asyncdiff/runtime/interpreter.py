@@ -228,7 +228,8 @@ class States:
         self._trends: defaultdict[Atom, Trend] = defaultdict(Trend)
 
     def expect(self, value: Value, leaves: dict[Atom, Pending]) -> None:
-        """Note a value that is on its way."""
+        """Note a value that is on its way, as the newest."""
+        self._pending.pop(value, None)
         self._pending[value] = leaves
 
     def read(self, how: Read, atom: Atom, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -264,13 +265,13 @@ class States:
         return [trend.error(forecast)]
 
     def forget_before(self, depth: int) -> None:
-        """Keep the newest `depth` versions per segment."""
-        by_segment: dict[int, list[int]] = {}
+        """Keep the `depth` versions per segment that were asked for last."""
+        by_segment: dict[int, list[Value]] = {}
         for value in self._pending:
-            by_segment.setdefault(value.segment, []).append(value.step)
-        for segment, steps in by_segment.items():
-            for step in sorted(steps)[:-depth]:
-                del self._pending[Value(segment, step)]
+            by_segment.setdefault(value.segment, []).append(value)
+        for values in by_segment.values():
+            for value in values[:-depth]:
+                del self._pending[value]
 
 
 @dataclass(frozen=True)

@@ -359,7 +359,8 @@ class RemoteExecutor:
     def _dispatch(self, rank: int, connection: WorkerConnection, call: RoundCall) -> None:
         """One control message, then the inputs that do not fit in it."""
         needed = self._needed[call.info.key][self._rank_stages[rank]]
-        items = tuple(self._input_items(rank, call, needed))
+        tensors = call.tensors_of(rank)
+        items = tuple(self._input_items((rank, call.info.run, call.info.channel), tensors, needed))
         connection.send(
             RoundMessage(
                 session=self._session,
@@ -374,14 +375,20 @@ class RemoteExecutor:
             if isinstance(item, TransferredInput):
                 # A copy: the noise scheduler or a callback may write into its tensor before a slow reader has
                 # it.
-                tensor = call.tensors[item.name].clone()
+                tensor = tensors[item.name].clone()
                 self._transport.send(rank, Parcel(Stream.INPUT, item.name), tensor, item.spec)
 
-    def _input_items(self, rank: int, call: RoundCall, needed: Collection[str]) -> Iterator[InputItem]:
-        """Constant inputs cross once a run: the same object, not written to since (a reference is held)."""
-        last = self._last_inputs.setdefault((rank, call.info.run, call.info.channel), {})
+    def _input_items(
+        self,
+        receiver: tuple[int, int, Hashable],
+        tensors: Mapping[str, torch.Tensor],
+        needed: Collection[str],
+    ) -> Iterator[InputItem]:
+        """Constant inputs cross once a run: the same object, not written to since (a reference is held).
+        `receiver`: rank, run and channel."""
+        last = self._last_inputs.setdefault(receiver, {})
         for name in needed:
-            tensor = call.tensors[name]
+            tensor = tensors[name]
             version = version_of(tensor)
             if version >= 0 and name in last and last[name][0] is tensor and last[name][1] == version:
                 yield KeptInput(name)

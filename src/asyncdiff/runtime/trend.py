@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from asyncdiff.config import FORECASTS
+from asyncdiff.config import STATE_FORECASTS
 
 _TINY = torch.finfo(torch.float32).tiny
 _SAMPLE = 8192
@@ -75,7 +75,7 @@ class Trend:
 def _follow(known: _Known | None, change: _Change, arrived: torch.Tensor) -> _Known:
     missed = _relative(change.sample, arrived)
     if known is None or known.last.newest != change.older:
-        return _Known(change, None, 1.0, dict.fromkeys(FORECASTS, missed))
+        return _Known(change, None, 1.0, dict.fromkeys(STATE_FORECASTS, missed))
     last = known.last
     promised = last.sample * ((change.newest - change.older) / (last.newest - last.older))
     products = torch.stack([(change.sample * promised).sum(), (promised * promised).sum()])

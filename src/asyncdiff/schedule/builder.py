@@ -29,7 +29,7 @@ def build_schedule(
     num_steps: int,
     first_step: int = 0,
     time_shift: bool = False,
-    forecast: str = "linear",
+    forecast: str = "latents",
     freshness: str = "auto",
     crossings: Iterable[tuple[int, int]] | None = None,
     fresh_crossings: Iterable[tuple[int, int]] = (),
@@ -53,11 +53,13 @@ def build_schedule(
         settings,
         stages,
         first_step,
+        num_steps,
         _checked_crossings(stages, crossings),
         _checked_crossings(stages, fresh_crossings),
         frozenset(in_order_steps),
     )
-    drafts = _drop_unused(list(_draft_rounds(rules, num_steps)), rules)
+    _refuse_return(rules)
+    drafts = _drop_unused(list(_draft_rounds(rules)), rules)
     return Schedule(
         kind=kind, num_stages=num_stages, stride=stride, warmup_steps=warmup_steps, num_steps=num_steps,
         first_step=first_step, time_shift=time_shift, forecast=forecast, freshness=freshness,
@@ -89,6 +91,17 @@ def _checked_crossings(
     return given
 
 
+def _refuse_return(rules: _Rules) -> None:
+    """States for steps to come would be made twice if one of those ran in order."""
+    steps = range(rules.first_step, rules.num_steps)
+    first = next((step for step in steps if not rules.is_in_order(step)), rules.num_steps)
+    later = [step for step in steps if step > first and rules.is_in_order(step)]
+    if later and rules.lead(0):
+        raise ConfigurationError(
+            f'forecast="latents" works ahead, so step {later[0]} cannot run in order after one that did not.'
+        )
+
+
 @dataclass(frozen=True)
 class _Rules:
     """The settings and layout, as the questions a round asks."""
@@ -96,6 +109,7 @@ class _Rules:
     settings: Settings
     segment_stage: tuple[int, ...]
     first_step: int
+    num_steps: int
     crossings: frozenset[tuple[int, int]]
     fresh_crossings: frozenset[tuple[int, int]]
     in_order_steps: frozenset[int]
@@ -130,6 +144,30 @@ class _Rules:
         """The step whose timestep conditions an evaluation for `step` (section 4)."""
         return step - 1 if self.settings.time_shift and step >= self.warmup_end else step
 
+    @property
+    def continues_latents(self) -> bool:
+        return self.settings.forecast == "latents"
+
+    def lead(self, segment: int) -> int:
+        """For how many rounds ahead a segment works, so that who reads it gets what was made for the step
+        at hand.
+
+        As many as its output is on its way to the prediction, where that is the only way there is: every
+        line on it would add to the error of those before. Where skips lead past stages, most of the
+        prediction rests on them, and latents continued over one round are better than over several. Not in a
+        nested split, where Z reads what E has just made of the latents as they are.
+        """
+        if not self.continues_latents or any(map(self.is_outer_start, range(self.last_segment))):
+            return 0
+        has_skips = any(reader - producer > 1 for producer, reader in self.crossings | self.fresh_crossings)
+        on_its_way = self.last_segment - segment
+        return min(1, on_its_way) if has_skips else on_its_way
+
+    def label(self, segment: int, past: _Past) -> int:
+        """The step that the state is for which a segment has left behind in a round."""
+        ahead = 0 if past.in_order else self.settings.stride * self.lead(segment)
+        return past.first_step + ahead
+
     def sources(self, reader: int) -> Iterator[tuple[int, bool]]:
         """(producer, whether it is read fresh) for everything that a segment reads."""
         for producer in range(reader):
@@ -139,18 +177,26 @@ class _Rules:
                 yield producer, True
 
 
-def _draft_rounds(rules: _Rules, num_steps: int) -> Iterator[Draft]:
+@dataclass(frozen=True)
+class _Past:
+    """A round whose states may still be read."""
+
+    first_step: int
+    in_order: bool
+
+
+def _draft_rounds(rules: _Rules) -> Iterator[Draft]:
     """All rounds with every computation they could have, used or not."""
-    states: tuple[int, ...] = ()  # labels of the states there are, newest first; two at most are ever read
+    states: tuple[_Past, ...] = ()  # newest first
     start = rules.first_step
-    while start < num_steps:
+    while start < rules.num_steps:
         if rules.is_in_order(start):
             draft = Draft((start,), True, tuple(_in_order(rules, start)))
         else:
-            steps = tuple(range(start, min(start + rules.settings.stride, num_steps)))
+            steps = tuple(range(start, min(start + rules.settings.stride, rules.num_steps)))
             draft = Draft(steps, False, tuple(_in_parallel(rules, steps, states)))
         yield draft
-        states = (start, *states[:1])
+        states = (_Past(start, draft.in_order), *states[: rules.last_segment + 1])
         start = draft.steps[-1] + 1
 
 
@@ -158,26 +204,29 @@ def _in_order(rules: _Rules, step: int) -> Iterator[tuple[int, Compute]]:
     """The stages one after the other, each reading what was just produced."""
     for segment in range(rules.last_segment + 1):
         reads = tuple(_as_it_is(producer, step, fresh) for producer, fresh in rules.sources(segment))
-        yield rules.rank(segment, 0), Compute(segment, step, Value(segment, step), step, step, reads)
+        yield rules.rank(segment, 0), Compute(segment, step, Value(segment, step), step, step, step, reads)
 
 
 def _in_parallel(
-    rules: _Rules, steps: tuple[int, ...], states: tuple[int, ...]
+    rules: _Rules, steps: tuple[int, ...], states: tuple[_Past, ...]
 ) -> Iterator[tuple[int, Compute]]:
     """An asynchronous round: the replicated stage once per step, the others once for the whole round.
 
     The paper conditions the latter on the timestep of the last step. A forecast needs to know which step a
-    state belongs to, so with one they are conditioned on that of the first, whose latents they read.
+    state belongs to, so with one they are conditioned on that of the first, whose latents they read; where
+    the latents are continued, on that of the first step of the round that the state is made for.
     """
     b = steps[0]
-    shared_step = b if rules.forecasts else steps[-1]
+    this = _Past(b, in_order=False)
     for segment in range(rules.last_segment + 1):
         if rules.runs_per_step(segment):
             for copy, step in enumerate(steps):
                 label = _copy_label(rules, segment, copy, steps)
-                yield rules.rank(segment, copy), _compute(rules, segment, step, label, b, step, states)
+                yield rules.rank(segment, copy), _compute(rules, segment, step, label, this, step, states)
         else:
-            yield rules.rank(segment, 0), _compute(rules, segment, b, b, b, shared_step, states)
+            label = rules.label(segment, this)
+            timed_step = label if rules.forecasts else steps[-1]
+            yield rules.rank(segment, 0), _compute(rules, segment, b, label, this, timed_step, states)
 
 
 def _copy_label(rules: _Rules, segment: int, copy: int, steps: tuple[int, ...]) -> int:
@@ -194,34 +243,48 @@ def _copy_label(rules: _Rules, segment: int, copy: int, steps: tuple[int, ...]) 
 
 
 def _compute(
-    rules: _Rules, segment: int, step: int, label: int, b: int, timed_step: int, states: tuple[int, ...]
+    rules: _Rules,
+    segment: int,
+    step: int,
+    label: int,
+    this: _Past,
+    timed_step: int,
+    states: tuple[_Past, ...],
 ) -> Compute:
     """One asynchronous computation; `timed_step`: whose timestep conditions it, before time shift."""
     reads = tuple(
-        _read(rules, producer, fresh, b, timed_step, states) for producer, fresh in rules.sources(segment)
+        _read(rules, producer, fresh, timed_step, (this, *states))
+        for producer, fresh in rules.sources(segment)
     )
-    return Compute(segment, step, Value(segment, label), b, rules.condition(timed_step), reads)
+    b = this.first_step
+    latents_step = timed_step if rules.continues_latents else b
+    value, condition = Value(segment, label), rules.condition(timed_step)
+    return Compute(segment, step, value, b, latents_step, condition, reads)
 
 
 def _as_it_is(producer: int, step: int, fresh: bool) -> Read:
     return Read(producer, (Term(Value(producer, step), 1.0),), fresh)
 
 
-def _read(
-    rules: _Rules, producer: int, fresh: bool, b: int, needed_step: int, states: tuple[int, ...]
-) -> Read:
-    """The newest state: of this round if it is read fresh (section 6), else of earlier rounds; or the line
-    through the two newest continued to the step needed (section 5).
+def _read(rules: _Rules, producer: int, fresh: bool, needed_step: int, rounds: tuple[_Past, ...]) -> Read:
+    """The state that was made for the step needed; else the line through the two nearest to it continued to
+    that step (section 5), or the newest without a forecast.
 
-    E is read as it is: the inner stages have the timestep of the copy that made it.
+    `rounds`: this one and those before it, newest first. What is read fresh may be of this one (section 6). E
+    is read as it is: the inner stages have the timestep of the copy that made it.
     """
     if rules.is_outer_start(producer) and rules.settings.freshness == "auto":
-        return _as_it_is(producer, b, fresh)
-    labels = (b, *states) if fresh else states
-    if not rules.forecasts or len(labels) < 2 or needed_step == labels[0]:
+        return _as_it_is(producer, rounds[0].first_step, fresh)
+    labels = [rules.label(producer, past) for past in (rounds if fresh else rounds[1:])]
+    labels = [label for label in labels if label < rules.num_steps]
+    if not rules.forecasts or len(labels) == 1:
         return _as_it_is(producer, labels[0], fresh)
-    r = (needed_step - labels[0]) / (labels[0] - labels[1])
-    terms = (Term(Value(producer, labels[0]), 1.0 + r), Term(Value(producer, labels[1]), -r))
+    if needed_step in labels:
+        return _as_it_is(producer, needed_step, fresh)
+    nearest = sorted(labels, key=lambda label: (abs(needed_step - label), -label))[:2]
+    newer, older = sorted(nearest, reverse=True)
+    r = (needed_step - newer) / (newer - older)
+    terms = (Term(Value(producer, newer), 1.0 + r), Term(Value(producer, older), -r))
     return Read(producer, terms, fresh, damped=rules.settings.forecast == "damped")
 
 

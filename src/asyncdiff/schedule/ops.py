@@ -32,8 +32,8 @@ class Term(NamedTuple):
 class Read:
     """How a segment reads what segment `segment` produced: a weighted sum of versions.
 
-    `((Value(k, s), 1.0),)` reads one version as it is; `((a, 1 + r), (b, -r))` is the linear forecast of
-    docs/method.md section 5, newest first. Only floating-point leaves are forecast; others take the newest
+    `((Value(k, s), 1.0),)` reads one version as it is; `((a, 1 + r), (b, -r))` is the line through two of
+    docs/method.md section 5, newest first. Only floating-point leaves are forecast; others take the newer
     version. `fresh`: holds for those leaves of the segment that arrive in time to be read in the round that
     produces them (section 6); another read holds for the others. `damped`: the line's slope is multiplied by
     how well the last changes of each leaf have followed those before.
@@ -54,16 +54,18 @@ class Compute:
     """Run a segment.
 
     `step`: the step it runs for (a copy of the replicated stage: the step it predicts). `value`: what it
-    produces. `input_step`: the step whose denoiser inputs (latents, conditions) it reads. `condition_step`:
-    the step whose timestep conditions it (time shift included). `reads`: of each foreign segment it reads
-    from one, or two where some leaves are read fresh. Computes of one worker with the same `step` are one
-    forward of its stage.
+    produces. `input_step`: the step whose denoiser inputs (latents, conditions) it reads. `latents_step`: the
+    step to which those of them that change are continued; `input_step` where they are read as they are.
+    `condition_step`: the step whose timestep conditions it (time shift included). `reads`: of each foreign
+    segment it reads from one, or two where some leaves are read fresh. Computes of one worker with the same
+    `step` are one forward of its stage.
     """
 
     segment: int
     step: int
     value: Value
     input_step: int
+    latents_step: int
     condition_step: int
     reads: tuple[Read, ...] = ()
 

@@ -13,7 +13,7 @@ def render(schedule: Schedule, *, max_rounds: int | None = None) -> str:
 
     `C1(x3, H0(2); t3)>3` is segment 1 reading the denoiser inputs of step 3 and the state of segment 0 of
     step 2, conditioned on the timestep of step 3, and it is the prediction for step 3. `H0(2~1)` is the line
-    through the versions of steps 2 and 1 (a forecast).
+    through the versions of steps 2 and 1, `x3~5` the latents up to step 3 continued to step 5 (forecasts).
     """
     rounds = schedule.rounds[:max_rounds]
     rows = [["", *map(_heading, rounds)]]
@@ -44,7 +44,8 @@ def _cell(schedule: Schedule, round_: Round, rank: int) -> str:
 
 
 def _text(op: Compute, last_segment: int) -> str:
-    reads = ", ".join([f"x{op.input_step}", *map(_read_text, op.reads)])
+    latents = f"x{op.input_step}" + f"~{op.latents_step}" * (op.latents_step != op.input_step)
+    reads = ", ".join([latents, *map(_read_text, op.reads)])
     prediction = f">{op.step}" if op.segment == last_segment else ""
     return f"C{op.segment}({reads}; t{op.condition_step}){prediction}"
 

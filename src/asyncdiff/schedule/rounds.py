@@ -77,6 +77,24 @@ class Schedule:
             raise IndexError(f"step {step} is not among {self.first_step} to {self.num_steps - 1}")
         return self.rounds[bisect_right(self._round_starts, step) - 1]
 
+    @cached_property
+    def history_depth(self) -> int:
+        """How many versions of a state must be kept: over how many rounds back any is read."""
+        index = {round_.first_step: place for place, round_ in enumerate(self.rounds)}
+        made = {op.value: index[round_.first_step] for round_, _, op in self.computes()}
+        depths = (
+            index[round_.first_step] - made[term.value]
+            for round_, _, op in self.computes()
+            for read in op.reads
+            for term in read.terms
+        )
+        return max(depths, default=0) or 1
+
+    @cached_property
+    def continues_latents(self) -> bool:
+        """Whether anything is evaluated on the latents of a step to come."""
+        return any(op.latents_step != op.input_step for _, _, op in self.computes())
+
     def computes(self) -> Iterator[tuple[Round, int, Compute]]:
         """Every computation with its round and rank, round by round and rank by rank."""
         for round_ in self.rounds:

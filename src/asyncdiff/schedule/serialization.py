@@ -8,7 +8,7 @@ from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Term, Value
 from asyncdiff.schedule.rounds import Round, Schedule
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _SETTINGS = (
     "kind", "num_stages", "stride", "warmup_steps", "num_steps", "first_step", "time_shift", "forecast",
     "freshness",
@@ -56,7 +56,8 @@ def _op_to_dict(op: Op) -> dict[str, Any]:
     if isinstance(op, Compute):
         return {
             "op": "compute", "segment": op.segment, "step": op.step, "value": list(op.value),
-            "input_step": op.input_step, "condition_step": op.condition_step,
+            "input_step": op.input_step, "latents_step": op.latents_step,
+            "condition_step": op.condition_step,
             "reads": [_read_to_dict(read) for read in op.reads],
         }  # fmt: skip
     if isinstance(op, Send):
@@ -72,7 +73,7 @@ def _op_from_dict(data: dict[str, Any]) -> Op:
     kind = data["op"]
     if kind == "compute":
         reads = tuple(_read_from_dict(read) for read in data["reads"])
-        numbers = (data["input_step"], data["condition_step"])
+        numbers = (data["input_step"], data["latents_step"], data["condition_step"])
         return Compute(data["segment"], data["step"], Value(*data["value"]), *numbers, reads)
     if kind == "send":
         return Send(Value(*data["value"]), data["to_rank"])

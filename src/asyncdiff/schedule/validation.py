@@ -101,7 +101,7 @@ def _check_forwards(schedule: Schedule) -> None:
             if op.step not in round_.steps:
                 raise _fail(op, rank, round_.first_step, "belongs to another round")
     for (rank, _), ops in forwards.items():
-        inputs = {(op.input_step, op.condition_step) for op in ops}
+        inputs = {(op.input_step, op.latents_step, op.condition_step) for op in ops}
         if [op.segment for op in ops] != segments or len(inputs) != 1:
             raise _fail(
                 ops[0], rank, ops[0].step, f"is not a forward of the segments {segments} on one input"

@@ -29,7 +29,7 @@ def parallelize(pipe: object, **options: object) -> asyncdiff.Handle:
 
 dtypes = (torch.float32,) if "own-group" in sys.argv else (torch.float32, torch.bfloat16)
 for stride, kind, forecast, dtype in itertools.product(
-    (1, 2), ("chain", "nested"), ("linear", "none"), dtypes
+    (1, 2), ("chain", "nested"), ("latents", "none"), dtypes
 ):
     num_stages = world_size - stride + 1
     if num_stages == 1 and kind == "nested":

@@ -19,7 +19,9 @@ HALF_DTYPES = ("bfloat16", "float16")
 
 CONFIGURATIONS = tuple(Configuration(*pair) for pair in ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2)))
 PAPER = (PAPER_FORECAST, PAPER_FRESHNESS)
-RULES = (PAPER, ("linear", "paper"), ("linear", "auto"), ("damped", "auto"))
+RULES = (PAPER, ("linear", "paper"), ("linear", "auto"), ("damped", "auto"), ("latents", "auto"))
+_SIDE_RULES = (PAPER, ("linear", "auto"), ("latents", "auto"))
+_GATED_RULES = (("linear", "auto"), ("damped", "auto"))  # a gate looks at states that are continued
 
 # A chain throughout, so that rows differ in what is read and in nothing else; the planner may choose another.
 _PARTITION = "chain"
@@ -58,7 +60,7 @@ def _of_model(model: str, captions: tuple[str, ...]) -> Iterator[Section]:
     ) -> Section:
         shown = captions if name == MAIN else captions[:_SIDE_CAPTIONS]
         generation = Generation(model, shown, dtype="float32", batch_size=_BATCH_SIZE)
-        rules = RULES if warmup != AUTO else RULES[1:]
+        rules = _GATED_RULES if warmup == AUTO else RULES if name == MAIN else _SIDE_RULES
         ways = tuple(Way(each, *rule, warmup, partition) for each in CONFIGURATIONS for rule in rules)
         return Section(name, title, replace(generation, **changed), ways)
 

@@ -1,0 +1,147 @@
+"""The denoiser's inputs at steps to come, for stages that work ahead (docs/method.md, section 5)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from asyncdiff.runtime.lookahead import version_of
+from asyncdiff.runtime.trend import sampled
+
+_POINTS = 3
+_MEMORY = 0.5
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Course:
+    """What the inputs of one channel of a run have been at its last steps.
+
+    A place is where a step lies on the course: any number that grows with the steps. Which inputs change is
+    settled by the first two steps: those floating-point tensors that are not the same, bit for bit. A mask
+    that a pipeline makes anew at every step is none of them.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, _First] | None = None
+        self._curves: dict[str, _Curve] | None = None
+
+    def observe(
+        self, place: float, tensors: Mapping[str, torch.Tensor], *, latents: str, without: str | None
+    ) -> None:
+        """Note the inputs of a step but the one called `without` (the timestep). The one called `latents`
+        changes even if it has not yet."""
+        if self._curves is None:
+            inputs = {name: each for name, each in tensors.items() if name != without}
+            if self._first is None:
+                self._first = {
+                    name: _First(place, each, version_of(each), each.clone())
+                    for name, each in inputs.items()
+                    if each.is_floating_point()
+                }
+                return
+            self._curves = {
+                name: _Curve(first.place, first.copy)
+                for name, first in self._first.items()
+                if name == latents or first.differs_from(inputs[name])
+            }
+            self._first = None
+        for name, curve in self._curves.items():
+            curve.observe(place, tensors[name].clone())
+
+    def continued(self, place: float) -> dict[str, torch.Tensor]:
+        """The inputs that change as they will be at `place`, in their own dtypes."""
+        return {name: curve.continued(place) for name, curve in (self._curves or {}).items()}
+
+
+@dataclass(frozen=True)
+class _First:
+    """An input of the first step: the tensor itself and its version then, and a copy."""
+
+    place: float
+    tensor: torch.Tensor
+    version: int
+    copy: torch.Tensor
+
+    def differs_from(self, later: torch.Tensor) -> bool:
+        if later is self.tensor and version_of(later) == self.version >= 0:
+            return False
+        return not torch.equal(later, self.copy)
+
+
+class _Curve:
+    """The last points of one input, and what is made of them: the newest, and from there as far along the
+    line through the last two, with as much of the parabola's bend, as such ways have held.
+
+    How far they have held is told by the newest point when it comes, by least squares over all points, older
+    ones counting less: latents to which a noise scheduler adds noise follow no line, those of a solver of
+    higher order no parabola. A few thousand elements tell it well enough.
+    """
+
+    def __init__(self, place: float, tensor: torch.Tensor) -> None:
+        self._points = [(place, tensor)]
+        self._sums: torch.Tensor | None = None
+
+    def observe(self, place: float, tensor: torch.Tensor) -> None:
+        """Note a point. At a place that was noted before (a second evaluation of one step) it takes the
+        other's place, and tells nothing about the others."""
+        others = [point for point in self._points if point[0] != place]
+        if len(others) == len(self._points) > 1:
+            self._learn(place, sampled(tensor).float())
+        self._points = [*others, (place, tensor)][-_POINTS:]
+
+    def _learn(self, place: float, arrived: torch.Tensor) -> None:
+        values = [sampled(tensor).float() for _, tensor in self._points]
+        steps = [
+            torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
+            for weights in self._parts(place)[1:]
+        ]
+        line, bend = steps if len(steps) > 1 else (steps[0], torch.zeros_like(arrived))
+        change = arrived - values[-1]
+        pairs = [(change, line), (line, line), (change, bend), (line, bend), (bend, bend)]
+        sums = torch.stack([(one * other).sum() for one, other in pairs])
+        self._sums = sums if self._sums is None else sums + _MEMORY * self._sums
+
+    def continued(self, place: float) -> torch.Tensor:
+        """The input at a place, summed in float32 at least. On a GPU nobody waits for how it is made up."""
+        both, bend = self._held()
+        weights = [
+            sum(part * factor for part, factor in zip(parts, (1.0, both, both * bend), strict=False))
+            for parts in zip(*self._parts(place), strict=True)
+        ]
+        newest = self._points[-1][1]
+        wide = torch.promote_types(newest.dtype, torch.float32)
+        total = torch.zeros_like(newest, dtype=wide)
+        for weight, (_, tensor) in zip(weights, self._points, strict=True):
+            total += tensor.to(wide) * weight
+        return total.to(newest.dtype)
+
+    def _parts(self, place: float) -> list[list[float]]:
+        """The weights of the points in the newest one, in the step of the line beyond it to `place`, and in
+        the bend of the parabola, as far as there are points for them."""
+        places = [each for each, _ in self._points]
+        orders = [_weights(places, order, place) for order in range(len(places))]
+        steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(orders)]
+        return [orders[0], *steps]
+
+    def _held(self) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
+        """What the way along line and bend is multiplied by, and in it the bend, both between 0 and 1; a line
+        is trusted until one was seen."""
+        if self._sums is None:
+            return 1.0, 0.0
+        along_line, line_line, along_bend, line_bend, bend_bend = self._sums
+        bend = ((along_bend - line_bend) / bend_bend.clamp_min(_TINY)).clamp(0.0, 1.0)
+        along = along_line + bend * along_bend
+        whole = line_line + bend * (2 * line_bend + bend * bend_bend)
+        both = (along / whole.clamp_min(_TINY)).clamp(0.0, 1.0)
+        return (both.item(), bend.item()) if self._sums.device.type == "cpu" else (both, bend)
+
+
+def _weights(places: list[float], order: int, place: float) -> list[float]:
+    """What each point contributes at `place` to the polynomial through the last `order` + 1 of them."""
+    used = places[-order - 1 :]
+    weights = [math.prod((place - other) / (own - other) for other in used if other != own) for own in used]
+    return [0.0] * (len(places) - len(used)) + weights
