@@ -11,6 +11,8 @@ from asyncdiff.errors import ConfigurationError
 STATE_FORECASTS = ("none", "linear", "damped")  # what may be made of a state that is read late
 FORECASTS = (*STATE_FORECASTS, "latents")
 FRESHNESS = ("auto", "paper")
+GUIDANCE = ("auto", "split", "together")
+MAX_GROUPS = 3  # guidance has two halves, or three (InstructPix2Pix, LEDITS)
 AUTO = "auto"
 DEFAULT_TOLERANCE = 0.3
 
@@ -22,8 +24,9 @@ class Settings:
     `num_stages` N, `stride` S and `warmup_steps` w are at least 1; `forecast` is `"none"` (the paper),
     `"linear"`, `"damped"` or `"latents"`; `freshness` is `"auto"` (what arrives in time is read in the round
     that produces it) or `"paper"` (everything is read one round late). `tolerance`: after warm-up too, steps
-    run in order while the relative error of the forecast is above it; None to never look. Raises
-    `ConfigurationError` for anything else.
+    run in order while the relative error of the forecast is above it; None to never look. `groups`: 1, or the
+    number of groups of devices that share the batch of a denoiser call (the guidance halves), each with the
+    whole denoiser. Raises `ConfigurationError` for anything else.
     """
 
     num_stages: int
@@ -33,6 +36,7 @@ class Settings:
     forecast: str = "latents"
     freshness: str = "auto"
     tolerance: float | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
         check_count("num_stages", self.num_stages)
@@ -50,11 +54,18 @@ class Settings:
             )
         if self.tolerance is not None and not _is_positive(self.tolerance):
             raise ConfigurationError(f"tolerance must be a number above 0, but {self.tolerance!r} was given.")
+        if check_count("groups", self.groups) > MAX_GROUPS:
+            raise ConfigurationError(f"groups must be at most {MAX_GROUPS}, but {self.groups} was given.")
+
+    @property
+    def group_size(self) -> int:
+        """Devices of a group: one per stage, and `stride` for the stage that predicts."""
+        return self.num_stages + self.stride - 1
 
     @property
     def num_workers(self) -> int:
-        """Devices it takes: one per stage, and `stride` for the stage that predicts."""
-        return self.num_stages + self.stride - 1
+        """Devices it takes: those of all groups."""
+        return self.groups * self.group_size
 
 
 def _is_positive(value: object) -> bool:
@@ -109,6 +120,57 @@ def settle(num_devices: int | None, num_stages: int | None, stride: int) -> tupl
     if num_stages is None:
         return _from_devices(num_devices, stride)
     return _from_both(num_devices, num_stages, stride)
+
+
+def settle_groups(num_devices: int | None, num_stages: int | None, stride: int, guidance: str) -> int:
+    """How many groups of devices share the batch of a denoiser call (`settle` then takes those of one).
+
+    With `guidance="split"` two, which is also what stages without devices get, or three where two do not fit;
+    1 with "together", and with "auto", of which the first denoiser call decides (`can_split`). Raises
+    `ConfigurationError` where the devices do not make equal groups.
+    """
+    check_guidance(guidance)
+    check_count("stride", stride)
+    if num_stages is not None:
+        check_count("num_stages", num_stages)
+    if guidance != "split":
+        return 1
+    for groups in range(2, MAX_GROUPS + 1):
+        if num_devices is None or _fit(num_devices, groups, num_stages, stride):
+            return groups
+    rule = "2 x (num_stages + stride - 1) devices, or 3 x for three-way guidance"
+    given = "" if num_stages is None else f"num_stages={num_stages} and "
+    least = 2 * ((num_stages or 1) + stride - 1)
+    assert num_devices is not None
+    raise ConfigurationError(
+        f'guidance="split" with {given}stride={stride} needs {rule}, but {num_devices} {_were(num_devices)} '
+        f'given. Pass {_devices(least)}, or use guidance="together".'
+    )
+
+
+def check_guidance(guidance: object) -> None:
+    """`ConfigurationError` for what is none of `GUIDANCE`."""
+    if guidance not in GUIDANCE:
+        raise ConfigurationError(
+            f'guidance must be "auto", "split" or "together", but {guidance!r} was given.'
+        )
+
+
+def can_split(num_devices: int | None, num_stages: int | None, stride: int, guidance: str) -> bool:
+    """Whether `guidance="auto"` may use the devices as two groups: not where a number of stages was asked
+    for, which is one of all devices."""
+    return (
+        guidance == "auto"
+        and num_stages is None
+        and num_devices is not None
+        and _fit(num_devices, 2, num_stages, stride)
+    )
+
+
+def _fit(num_devices: int, groups: int, num_stages: int | None, stride: int) -> bool:
+    """Whether so many devices are equal groups of what the stages need."""
+    size, rest = divmod(num_devices, groups)
+    return rest == 0 and (size >= stride if num_stages is None else size == num_stages + stride - 1)
 
 
 def _from_stages(num_stages: int | None, stride: int) -> tuple[int, int]:

@@ -37,6 +37,19 @@ def test_what_was_made_for_the_step_rests_on_latents_as_old() -> None:
     assert [(entry.reads, entry.latents) for entry in staleness(schedule)[4:]] == [(((2, 0),), 3)] * 8
 
 
+def test_grid_of_two_stages_beside_the_driver() -> None:
+    schedule = build_schedule(
+        kind="chain", num_stages=2, stride=1, warmup_steps=1, num_steps=2, driver_computes=False
+    )
+    assert render(schedule) == (
+        "               | step 0 in order     | step 1\n"
+        "---------------+---------------------+--------------------\n"
+        "rank 0 driver  | -                   | -\n"
+        "rank 1 stage 0 | C0(x0; t0)          | -\n"
+        "rank 2 stage 1 | C1(x0, H0(0); t0)>0 | C1(x1, H0(0); t1)>1\n"
+    )
+
+
 def test_a_long_grid_can_be_cut() -> None:
     schedule = build_schedule(kind="nested", num_stages=3, stride=1, warmup_steps=1, num_steps=50)
     text = render(schedule, max_rounds=3)

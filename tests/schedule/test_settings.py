@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from asyncdiff.config import Settings, settle
+from asyncdiff.config import Settings, can_split, settle, settle_groups
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule import build_schedule, from_dict
 
@@ -54,10 +54,50 @@ def test_impossible_counts_are_refused(arguments: tuple, message: str) -> None:
         settle(*arguments)
 
 
+def test_groups_follow_from_devices() -> None:
+    """2 x (N + S - 1) devices; 3 x where two do not fit."""
+    assert settle_groups(4, None, 1, "split") == settle_groups(4, 2, 1, "split") == 2
+    assert settle_groups(6, 2, 2, "split") == settle_groups(6, None, 3, "split") == 2
+    assert settle_groups(6, 2, 1, "split") == settle_groups(3, None, 1, "split") == 3
+    assert settle_groups(None, 2, 1, "split") == 2
+    assert settle_groups(4, 4, 1, "together") == settle_groups(4, None, 1, "auto") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (4, 4, 1, "split"),
+            'guidance="split" with num_stages=4 and stride=1 needs 2 x (num_stages + stride - 1) devices, or '
+            '3 x for three-way guidance, but 4 were given. Pass 8 devices, or use guidance="together".',
+        ),
+        ((1, None, 1, "split"), "but 1 was given. Pass 2 devices"),
+        ((5, None, 1, "split"), "but 5 were given. Pass 2 devices"),
+        ((4, None, 3, "split"), "but 4 were given. Pass 6 devices"),
+        ((4, 2, 1, "both"), 'guidance must be "auto", "split" or "together", but \'both\' was given.'),
+        ((4, "2", 1, "split"), "num_stages must be an integer"),
+        ((4, None, 0, "auto"), "stride must be at least 1"),
+    ],
+)
+def test_devices_that_make_no_groups_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        settle_groups(*arguments)
+
+
+def test_auto_may_split_where_no_number_of_stages_was_asked_for() -> None:
+    assert can_split(2, None, 1, "auto")
+    assert can_split(4, None, 2, "auto")
+    for arguments in ((3, None, 1), (2, 2, 1), (2, None, 2), (None, 2, 1), (4, 2, 1)):
+        assert not can_split(*arguments, "auto")
+    assert not can_split(2, None, 1, "together")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"warmup_steps": 0}, "warmup_steps must be at least 1, but 0 was given."),
+        ({"groups": 0}, "groups must be at least 1, but 0 was given."),
+        ({"groups": 4}, "groups must be at most 3, but 4 was given."),
         ({"warmup_steps": "1"}, "warmup_steps must be an integer, but '1' (str) was given."),
         ({"stride": True}, "stride must be an integer, but True (bool) was given."),
         ({"time_shift": 1}, "time_shift must be True or False, but 1 was given."),
@@ -92,8 +132,10 @@ def test_impossible_schedules_are_refused(changes: dict, message: str) -> None:
 
 def test_workers_of_settings() -> None:
     assert Settings(3, stride=2).num_workers == 4
+    assert Settings(3, stride=2, groups=2).num_workers == 8
+    assert Settings(3, stride=2, groups=2).group_size == 4
 
 
 def test_other_format_versions_of_a_schedule_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="format version 4"):
-        from_dict({"format_version": 4})
+    with pytest.raises(ConfigurationError, match="format version 3"):
+        from_dict({"format_version": 3})

@@ -324,7 +324,7 @@ def interpret(schedule: Schedule) -> list[int]:
     """The term of every prediction handed over, in order; AssertionError on a deadlock."""
     values: dict[tuple[int, int], deque] = defaultdict(deque)
     predictions: dict[int, deque] = defaultdict(deque)
-    workers = [Worker(rank, schedule, values, predictions) for rank in range(schedule.num_workers)]
+    workers = [Worker(rank, schedule, values, predictions) for rank in range(schedule.num_ranks)]
     waiting = [worker.run() for worker in workers]
     for _ in range(sum(len(ops) for round_ in schedule.rounds for ops in round_.ops) + 1):
         if not waiting:
@@ -339,12 +339,12 @@ def interpret(schedule: Schedule) -> list[int]:
     return [content for _, content in workers[0].handed_over]
 
 
-def build(case: Case) -> Schedule:
+def build(case: Case, *, driver_computes: bool = True) -> Schedule:
     return build_schedule(
         kind=case.kind, num_stages=case.N, stride=case.S, warmup_steps=case.warmup, num_steps=case.T,
         first_step=case.first, time_shift=case.shift, forecast=case.forecast, freshness=case.freshness,
         crossings=None if case.skips else [(k, k + 1) for k in range(case.N - 1)],
-        fresh_crossings=case.in_time, in_order_steps=case.later,
+        fresh_crossings=case.in_time, in_order_steps=case.later, driver_computes=driver_computes,
     )  # fmt: skip
 
 
@@ -442,6 +442,17 @@ def test_nested_split_of_the_paper_has_two_delays(N: int) -> None:
         validate(build(case))
         ages = {each.latents for each in staleness(build(case)) if each.step >= w + 3 * S}
         assert max(ages, default=2) >= 2
+
+
+@pytest.mark.parametrize("kind", ["chain", "nested"])
+def test_workers_beside_a_driver_that_computes_nothing_compute_the_same(kind: str) -> None:
+    _TERMS.clear()
+    for N, S, w, forecast in itertools.product(range(1, 4), range(1, 4), (1, 3), ("none", "linear")):
+        case = Case(kind, N, S, w, 10, True, forecast)
+        schedule = build(case, driver_computes=False)
+        validate(schedule)
+        assert interpret(schedule) == model(case), case
+        assert not any(isinstance(op, Compute) for each in schedule.rounds for op in each.ops[0])
 
 
 @pytest.mark.parametrize("kind", ["chain", "nested"])

@@ -47,6 +47,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         time_shift=draw(st.booleans()),
         forecast=draw(st.sampled_from(["linear", "none"])),
         crossings=crossings,
+        driver_computes=draw(st.booleans()),
     )
 
 
@@ -177,7 +178,7 @@ def depends(later: Op, op: Op) -> bool:
 def test_any_operation_on_another_rank_is_rejected(schedule: Schedule) -> None:
     for index, rank, position, op in places(schedule):
         removed = edited(schedule, lambda ops, p=position: ops[:p] + ops[p + 1 :], index, rank)
-        for other in range(schedule.num_workers):
+        for other in range(schedule.num_ranks):
             if other != rank:
                 moved = edited(removed, lambda ops, op=op: [op, *ops], index, other)
                 assert_rejected(moved, f"rank {other} instead of {rank} does {op}")

@@ -33,7 +33,7 @@ def schedule_of(kind: str, num_stages: int, stride: int, warmup_steps: int, num_
 
 
 def free_machine(schedule: Schedule) -> Machine:
-    return Machine((1.0,) * schedule.num_workers)
+    return Machine((1.0,) * schedule.num_ranks)
 
 
 @pytest.mark.parametrize("seconds", [(2.0, 3.0), (3.0, 2.0), (2.0, 2.0)])
@@ -47,6 +47,21 @@ def test_steady_step_takes_the_largest_stage(seconds: tuple[float, float]) -> No
     # difference.
     assert timeline.compute_s(0) == 7 * seconds[0]
     assert timeline.wait_s(0) == timeline.total_s - timeline.compute_s(0)
+
+
+def test_a_driver_that_computes_nothing_waits_for_the_prediction_of_the_workers() -> None:
+    """N=2, S=1: the largest stage, then the prediction on its way; all of it is waiting to the driver."""
+    schedule = build_schedule(
+        kind="chain", num_stages=2, stride=1, warmup_steps=2, num_steps=8, driver_computes=False
+    )
+    timeline = simulate(schedule, Machine((1.0,) * 3, 0.25), segment_seconds=(2.0, 3.0), transfer_bytes={})
+    # Told, stage 0, what crosses on its way, stage 1, the prediction on its way; then neither waits for the
+    # other.
+    assert timeline.step_seconds[0] == 0.25 + 2.0 + 0.25 + 3.0 + 0.25
+    assert timeline.step_seconds[4:7] == (0.25 + 3.0 + 0.25,) * 3
+    assert timeline.compute_s(0) == 0.0
+    assert timeline.wait_s(0) == timeline.total_s
+    assert (timeline.compute_s(1), timeline.compute_s(2)) == (7 * 2.0, 8 * 3.0)
 
 
 def test_stride_runs_the_other_stages_once_per_round() -> None:
@@ -274,7 +289,7 @@ def event_driven(
 
 def test_machines_that_do_not_fit_are_refused() -> None:
     schedule = schedule_of("chain", 2, 2, 1, 5)
-    with pytest.raises(ConfigurationError, match="3 workers, but the machine 2"):
+    with pytest.raises(ConfigurationError, match="3 ranks, but the machine 2 devices"):
         simulate(schedule, Machine((1.0, 1.0)), segment_seconds=(1.0, 1.0), transfer_bytes={})
     with pytest.raises(ConfigurationError, match="2 segments, but seconds for 3"):
         simulate(schedule, Machine((1.0,) * 3), segment_seconds=(1.0,) * 3, transfer_bytes={})

@@ -34,6 +34,7 @@ def build_schedule(
     crossings: Iterable[tuple[int, int]] | None = None,
     fresh_crossings: Iterable[tuple[int, int]] = (),
     in_order_steps: Collection[int] = (),
+    driver_computes: bool = True,
 ) -> Schedule:
     """The schedule of steps `first_step` to `num_steps - 1`; warm-up is the first `warmup_steps` of them.
 
@@ -41,6 +42,7 @@ def build_schedule(
     that is read late (`Wiring.crossings`); None for every pair that can exist. `fresh_crossings`: those
     between which it hands over anything that is read in the round that produces it, with freshness "auto".
     `in_order_steps`: steps that run in order after warm-up, where a round would begin with them.
+    `driver_computes`: whether rank 0 holds stage 0, or no stage.
     Raises `ConfigurationError` for settings that have no schedule.
     """
     settings = Settings(num_stages, stride, warmup_steps, time_shift, forecast, freshness)
@@ -57,14 +59,15 @@ def build_schedule(
         _checked_crossings(stages, crossings),
         _checked_crossings(stages, fresh_crossings),
         frozenset(in_order_steps),
+        first_worker=0 if driver_computes else 1,
     )
     _refuse_return(rules)
     drafts = _drop_unused(list(_draft_rounds(rules)), rules)
     return Schedule(
         kind=kind, num_stages=num_stages, stride=stride, warmup_steps=warmup_steps, num_steps=num_steps,
         first_step=first_step, time_shift=time_shift, forecast=forecast, freshness=freshness,
-        segment_stage=stages,
-        rounds=place_transfers(drafts, settings.num_workers, rules.last_segment),
+        segment_stage=stages, driver_computes=driver_computes,
+        rounds=place_transfers(drafts, rules.first_worker + settings.num_workers, rules.last_segment),
     )  # fmt: skip
 
 
@@ -113,6 +116,7 @@ class _Rules:
     crossings: frozenset[tuple[int, int]]
     fresh_crossings: frozenset[tuple[int, int]]
     in_order_steps: frozenset[int]
+    first_worker: int
 
     @property
     def last_segment(self) -> int:
@@ -138,7 +142,8 @@ class _Rules:
         return segment != self.last_segment and self.runs_per_step(segment)
 
     def rank(self, segment: int, copy: int) -> int:
-        return self.segment_stage[segment] if copy == 0 else self.settings.num_stages - 1 + copy
+        worker = self.segment_stage[segment] if copy == 0 else self.settings.num_stages - 1 + copy
+        return self.first_worker + worker
 
     def condition(self, step: int) -> int:
         """The step whose timestep conditions an evaluation for `step` (section 4)."""

@@ -17,7 +17,7 @@ def render(schedule: Schedule, *, max_rounds: int | None = None) -> str:
     """
     rounds = schedule.rounds[:max_rounds]
     rows = [["", *map(_heading, rounds)]]
-    for rank in range(schedule.num_workers):
+    for rank in range(schedule.num_ranks):
         rows.append([_row_name(schedule, rank), *(_cell(schedule, round_, rank) for round_ in rounds)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -34,6 +34,8 @@ def _heading(round_: Round) -> str:
 
 
 def _row_name(schedule: Schedule, rank: int) -> str:
+    if schedule.stage_of_rank(rank) is None:
+        return f"rank {rank} driver"
     copy = f" copy {schedule.copy_of_rank(rank)}" if schedule.copy_of_rank(rank) else ""
     return f"rank {rank} stage {schedule.stage_of_rank(rank)}{copy}"
 

@@ -31,7 +31,8 @@ class Schedule:
 
     Built by `build_schedule` from settings of the same names. Segments are numbered in execution order;
     `segment_stage[i]` is the stage that runs segment i (a chain: i; a nested split: stage 0 runs the first
-    and the last).
+    and the last). The driver is rank 0 and holds stage 0, or (not `driver_computes`) no stage: then it only
+    hands predictions over, and the workers are the ranks from 1 on.
     """
 
     kind: str
@@ -45,10 +46,22 @@ class Schedule:
     freshness: str
     segment_stage: tuple[int, ...]
     rounds: tuple[Round, ...]
+    driver_computes: bool = True
 
     @property
     def num_workers(self) -> int:
+        """How many ranks compute."""
         return self.num_stages + self.stride - 1
+
+    @property
+    def first_worker(self) -> int:
+        """The rank of stage 0."""
+        return 0 if self.driver_computes else 1
+
+    @property
+    def num_ranks(self) -> int:
+        """The workers, and the driver where it is none of them."""
+        return self.first_worker + self.num_workers
 
     @property
     def num_segments(self) -> int:
@@ -59,17 +72,21 @@ class Schedule:
         """The stage that predicts, and therefore runs on `stride` workers."""
         return self.segment_stage[-1]
 
-    def stage_of_rank(self, rank: int) -> int:
-        """Ranks below `num_stages` run the stage of their number, the others copies of the replicated one."""
-        return rank if rank < self.num_stages else self.replicated_stage
+    def stage_of_rank(self, rank: int) -> int | None:
+        """The first `num_stages` workers run the stage of their number, the others copies of the replicated
+        one; None for a driver that computes nothing."""
+        worker = rank - self.first_worker
+        if worker < 0:
+            return None
+        return worker if worker < self.num_stages else self.replicated_stage
 
     def copy_of_rank(self, rank: int) -> int:
         """Which copy of its stage a rank runs; 0 but for the further copies of the replicated stage."""
-        return max(0, rank - self.num_stages + 1)
+        return max(0, rank - self.first_worker - self.num_stages + 1)
 
     def rank_of(self, stage: int, copy: int = 0) -> int:
         """The rank that runs copy `copy` of a stage."""
-        return stage if copy == 0 else self.num_stages - 1 + copy
+        return self.first_worker + (stage if copy == 0 else self.num_stages - 1 + copy)
 
     def round_of(self, step: int) -> Round:
         """The round that predicts `step`; IndexError outside the schedule."""

@@ -26,7 +26,7 @@ class _Transfers:
     readers: dict[Value, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
 
 
-def place_transfers(drafts: list[Draft], num_workers: int, last_segment: int) -> tuple[Round, ...]:
+def place_transfers(drafts: list[Draft], num_ranks: int, last_segment: int) -> tuple[Round, ...]:
     """The rounds with sends, receives and predictions.
 
     A value goes to each other rank that reads it, once, in the round in which it is produced: sent directly
@@ -34,7 +34,7 @@ def place_transfers(drafts: list[Draft], num_workers: int, last_segment: int) ->
     """
     transfers = _find_transfers(drafts)
     return tuple(
-        _place_in_round(index, draft, transfers, num_workers, last_segment)
+        _place_in_round(index, draft, transfers, num_ranks, last_segment)
         for index, draft in enumerate(drafts)
     )
 
@@ -51,9 +51,9 @@ def _find_transfers(drafts: list[Draft]) -> _Transfers:
 
 
 def _place_in_round(
-    index: int, draft: Draft, transfers: _Transfers, num_workers: int, last_segment: int
+    index: int, draft: Draft, transfers: _Transfers, num_ranks: int, last_segment: int
 ) -> Round:
-    ops: list[list[Op]] = [[] for _ in range(num_workers)]
+    ops: list[list[Op]] = [[] for _ in range(num_ranks)]
     received: set[tuple[int, Value]] = set()
     for rank, compute in draft.computes:
         for value in _needed_now(index, rank, compute, transfers):

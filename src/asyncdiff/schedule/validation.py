@@ -38,10 +38,10 @@ def _check_steps(schedule: Schedule) -> None:
     """Rounds cover the steps in order, and rank 0 hands each over in its round, after everything else."""
     expected = schedule.first_step
     for round_ in schedule.rounds:
-        if len(round_.ops) != schedule.num_workers:
+        if len(round_.ops) != schedule.num_ranks:
             raise ScheduleError(
                 f"round of step {round_.first_step} has operations for {len(round_.ops)} ranks, "
-                f"not {schedule.num_workers}"
+                f"not {schedule.num_ranks}"
             )
         predicts = [op for op in round_.ops[0] if isinstance(op, Predict)]
         if not round_.steps or round_.first_step != round_.steps[0] or round_.steps[0] != expected:
@@ -137,7 +137,7 @@ class _Run:
         self.schedule = schedule
         self.ranks = [
             _Rank(deque((r.first_step, op) for r in schedule.rounds for op in r.ops[rank]))
-            for rank in range(schedule.num_workers)
+            for rank in range(schedule.num_ranks)
         ]
         self.values: dict[tuple[int, int], deque[tuple[int, Value]]] = defaultdict(deque)
         self.predictions: dict[int, deque[int]] = defaultdict(deque)

@@ -40,9 +40,10 @@ def simulate(
     other transfers from the same rank to the same rank, and receives only hold up the computation that needs
     them. Raises `ConfigurationError` where the machine's devices or the seconds do not match the schedule.
     """
-    if len(machine.device_speeds) != schedule.num_workers:
+    if len(machine.device_speeds) != schedule.num_ranks:
         raise ConfigurationError(
-            f"The schedule has {schedule.num_workers} workers, but the machine {len(machine.device_speeds)}."
+            f"The schedule has {schedule.num_ranks} ranks, but the machine {len(machine.device_speeds)} "
+            "devices."
         )
     if len(segment_seconds) != schedule.num_segments:
         raise ConfigurationError(
@@ -50,7 +51,7 @@ def simulate(
         )
     waiting = [
         latents_stages is None or schedule.stage_of_rank(rank) in latents_stages
-        for rank in range(schedule.num_workers)
+        for rank in range(schedule.num_ranks)
     ]
     run = _Run(
         schedule,
@@ -90,7 +91,7 @@ class _Run:
         self.started: dict[Value, tuple[float, float]] = {}  # when, and at which speed
         self.is_in_order = True
         self.readers = _reading_segments(schedule)
-        self.clock = [0.0] * schedule.num_workers
+        self.clock = [0.0] * schedule.num_ranks
         self.dispatched_s = self.dispatched_before_s = 0.0
         self.speed_in_round = 1.0
         self.link_free_s: dict[tuple[int, int], float] = {}
