@@ -15,7 +15,7 @@ SEVERAL_DENOISERS = str(Path(__file__).parent / "scripts" / "several_denoisers.p
 TORCHRUN = ["-m", "torch.distributed.run"]
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.wide) for n in (3, 4))])
 def test_torchrun_equals_local_executor(world_size: int) -> None:
     check(run_script([*TORCHRUN, "--standalone", "--nproc-per-node", str(world_size), SCRIPT]), world_size)
 

@@ -51,7 +51,7 @@ def test_plan_needs_no_example_where_there_is_a_tokenizer(
     pipe: StableDiffusionPipeline, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pipe.set_progress_bar_config(disable=False)
-    plan = asyncdiff.plan(pipe, ["cpu", "cpu"])
+    plan = asyncdiff.plan(pipe, ["cpu", "cpu"], guidance="together")
     pipe.set_progress_bar_config(disable=True)
     assert plan.num_stages == 2
     assert capfd.readouterr().err == ""

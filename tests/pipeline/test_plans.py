@@ -144,7 +144,7 @@ def test_profile_leaves_nothing_behind() -> None:
 def test_stated_speeds_move_the_cut(partition: str | None) -> None:
     """A second device of a third of the speed gets less than the first; the plan says what it assumed."""
     pipe = sd()
-    how = {"example": example(pipe), "partition": partition}
+    how = {"example": example(pipe), "partition": partition, "guidance": "together"}
     even, uneven = (asyncdiff.plan(pipe, ["cpu", "cpu"], speeds=s, **how) for s in (None, (1.0, 1 / 3)))
     assert even.predictions is not None
     assert uneven.predictions is not None
@@ -161,6 +161,42 @@ def test_speeds_that_are_none_are_refused(speeds: Any) -> None:
     pipe = sd()
     with pytest.raises(ConfigurationError, match="needs 2 positive device speeds"):
         asyncdiff.plan(pipe, ["cpu", "cpu"], speeds=speeds, example=example(pipe))
+
+
+def test_plan_is_that_of_the_groups_that_the_first_call_chooses() -> None:
+    """Made from one part of the example call's batch; saved, loaded and used like any other."""
+    pipe = sd()
+    made = asyncdiff.plan(pipe, ["cpu", "cpu"], example=example(pipe))
+    assert (made.groups, made.num_stages, made.num_workers) == (2, 1, 2)
+    unguided = example(pipe) | {"guidance_scale": 1.0}
+    assert asyncdiff.plan(pipe, ["cpu", "cpu"], example=unguided).groups == 1
+    together = asyncdiff.plan(pipe, ["cpu", "cpu"], example=example(pipe), guidance="together")
+    assert made.predictions is not None
+    assert together.predictions is not None
+    whole_s = sum(together.predictions.segment_seconds)
+    assert 0.45 * whole_s < sum(made.predictions.segment_seconds) < 0.95 * whole_s
+    loaded = asyncdiff.Plan.from_json(made.to_json())
+    assert loaded == made
+    with asyncdiff.parallelize(pipe, 2, runtime="local") as handle:
+        expected = generate(pipe)
+        assert handle.plan is not None
+        assert (handle.plan.groups, handle.plan.stages) == (made.groups, made.stages)
+    with asyncdiff.parallelize(pipe, plan=loaded, runtime="local"):
+        assert torch.equal(generate(pipe), expected)
+    with pytest.raises(ConfigurationError, match='guidance="together" was given with a plan of 2 groups'):
+        asyncdiff.parallelize(pipe, plan=loaded, guidance="together")
+    with pytest.raises(ConfigurationError, match=r"needs 2 devices \(2 groups\)"):
+        asyncdiff.parallelize(pipe, ["cpu"] * 3, plan=loaded)
+    with pytest.raises(ConfigurationError, match="cannot be shared between 2 groups"):
+        asyncdiff.plan(pipe, 2, guidance="split", example=unguided)
+
+
+def test_profile_of_one_part_runs_the_pipeline_with_the_whole() -> None:
+    pipe = sd()
+    plan = asyncdiff.plan(pipe, ["cpu", "cpu"], profile=True, guidance="split", example=example(pipe))
+    assert plan.predictions is not None
+    assert plan.groups == 2
+    assert all(seconds > 0 for seconds in plan.predictions.stage_seconds)
 
 
 def test_example_that_never_calls_the_denoiser_is_refused() -> None:

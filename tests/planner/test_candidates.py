@@ -15,7 +15,13 @@ from asyncdiff.simulation import Machine
 GRAPH = make_graph([3.0] * 4, [[], [0], [1], [2]], [3], [1] * 4)
 
 
-def make(num_stages: int, stride: int) -> Plan:
+HALF = make_graph([2.0] * 4, [[], [0], [1], [2]], [3], [1] * 4)
+"""The same with half the batch."""
+
+
+def make(num_stages: int, stride: int, groups: int = 1) -> Plan:
+    if groups > 1:
+        raise ConfigurationError("a batch that cannot be shared")
     settings = Settings(num_stages, stride)
     return make_plan(GRAPH, settings, ["cpu"] * settings.num_workers, driver_seconds=0.0)
 
@@ -53,6 +59,40 @@ def test_ages_are_those_of_the_method() -> None:
     assert (by_division[1, 2, 1].staleness, by_division[1, 2, 1].read_staleness) == (1, 0)
 
 
+def make_shared(num_stages: int, stride: int, groups: int) -> Plan:
+    settings = Settings(num_stages, stride, groups=groups)
+    graph = GRAPH if groups == 1 else HALF
+    return make_plan(graph, settings, ["cpu"] * settings.num_workers, driver_seconds=0.0)
+
+
+def test_of_as_many_devices_groups_that_share_the_batch_come_first() -> None:
+    """12 s a step in order, 8 s with half the batch; two stages of that 4 s each."""
+    candidates = list_candidates(make_shared, Machine((1.0,) * 4), 10, (1, 2))
+    shared = {
+        (c.plan.num_stages, c.plan.stride, c.plan.warmup_steps): c for c in candidates if c.plan.groups == 2
+    }
+    assert [c.plan.groups for c in candidates if c.num_devices == 2] == [2, 1, 1, 1, 1]
+    assert [c.plan.groups for c in candidates if c.num_devices == 4][:4] == [2] * 4
+    assert shared[1, 1, 1].total_s == 10 * 8
+    assert shared[1, 1, 1].speedup == 120 / 80
+    assert shared[1, 1, 1].staleness == 0
+    assert (1, 1, 2) not in shared, "in order whatever the warm-up"
+    assert shared[2, 1, 1].total_s == 8 + 9 * 4
+    assert shared[2, 1, 2].total_s == 2 * 8 + 8 * 4
+    assert shared[2, 1, 1].staleness == 1
+    assert shared[2, 1, 1].weight_bytes == (20, 20)
+
+
+def test_a_slow_device_holds_up_all_groups() -> None:
+    machine = Machine((1.0, 1.0, 1.0, 0.5))
+    by_division = {
+        (c.plan.groups, c.plan.num_stages, c.plan.stride): c
+        for c in list_candidates(make_shared, machine, 10, (1,))
+    }
+    assert by_division[2, 2, 1].total_s == 4 + 8 + 9 * 8.0  # cut as if they were equal
+    assert by_division[2, 1, 1].total_s == 10 * 8.0
+
+
 def test_a_way_that_needs_more_blocks_than_there_are_is_left_out() -> None:
     assert max(each.plan.num_stages for each in on(6)) == 4
 
@@ -76,14 +116,18 @@ def test_traffic_counts_predictions_that_are_not_the_driver_s() -> None:
     graph = make_graph([3.0] * 4, [[], [0], [1], [2]], [3], [1] * 4)
     object.__setattr__(graph, "outputs", (graph.blocks[-1].outputs[0],))
 
-    def sent(num_stages: int, stride: int, kind: str) -> float:
-        return bytes_per_step(make_plan(graph, Settings(num_stages, stride), ["cpu"], kind=kind))
+    def sent(num_stages: int, stride: int, kind: str, groups: int = 1) -> float:
+        settings = Settings(num_stages, stride, groups=groups)
+        return bytes_per_step(make_plan(graph, settings, ["cpu"], kind=kind))
 
     assert sent(1, 1, "chain") == 0
     assert sent(1, 3, "chain") == pytest.approx(2 * 4 / 3)
     assert sent(2, 1, "chain") == 8
     assert sent(2, 2, "chain") == (2 * 4 + 2 * 4) / 2
     assert sent(2, 1, "nested") == 8  # to the inner stage and back
+    assert sent(1, 1, "chain", groups=2) == 4  # of the second group
+    assert sent(2, 1, "chain", groups=2) == 2 * 8
+    assert sent(2, 1, "nested", groups=3) == 3 * 8 + 2 * 4
 
 
 def test_fastest_within_the_limits_is_chosen() -> None:

@@ -41,8 +41,9 @@ class SharedWorkers:
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[SpawnedWorkers]:
-    started = SpawnedWorkers([1, 1])
+def workers(request: pytest.FixtureRequest) -> Iterator[SpawnedWorkers]:
+    """Two, or as many as the module's `NUM_WORKERS` says."""
+    started = SpawnedWorkers([1] * getattr(request.module, "NUM_WORKERS", 2))
     yield started
     started.close()
 

@@ -49,7 +49,7 @@ def _divided(request: dict[str, Any], dtype: Any) -> tuple[Any, Any]:
 
     pipe = DiffusionPipeline.from_pretrained(request["folder"], dtype=dtype, **absent)
     pipe.to(devices[0])
-    return pipe, asyncdiff.parallelize(pipe, devices)
+    return pipe, asyncdiff.parallelize(pipe, devices, guidance="together")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from asyncdiff.cli.failures import DEBUG_VARIABLE
-from asyncdiff.config import AUTO, DEFAULT_TOLERANCE, settle
+from asyncdiff.config import AUTO, DEFAULT_TOLERANCE, settle, settle_groups
 from asyncdiff.errors import ConfigurationError
 
 Forecast: TypeAlias = Literal["none", "linear", "damped", "latents"]
 Freshness: TypeAlias = Literal["auto", "paper"]
+Guidance: TypeAlias = Literal["auto", "split", "together"]
 Dtype: TypeAlias = Literal["auto", "float32", "float16", "bfloat16"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -121,6 +122,15 @@ FreshnessOption = Annotated[
         help="'auto' reads what arrives in time at the step it was produced in, 'paper' one step late.",
     ),
 ]
+GuidanceOption = Annotated[
+    Guidance,
+    typer.Option(
+        "--guidance",
+        rich_help_panel=_METHOD,
+        help="'split' gives the halves of guidance to two groups of devices, which is exact, 'together' cuts "
+        "for all devices; 'auto' splits where an even number of devices and the model allow.",
+    ),
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this JSON file.")
 ]
@@ -138,6 +148,7 @@ class Split:
     time_shift: bool
     forecast: Forecast
     freshness: Freshness
+    guidance: Guidance
 
 
 def check_split(
@@ -149,6 +160,7 @@ def check_split(
     time_shift: bool,
     forecast: Forecast,
     freshness: Freshness,
+    guidance: Guidance = "auto",
 ) -> Split:
     """The options of the split, each checked as far as possible without knowing the machine."""
     check_at_least("--stages", num_stages, 1)
@@ -156,8 +168,8 @@ def check_split(
     warmup = check_warmup(warmup_steps, tolerance)
     asked = None if devices is None else parse_devices(devices)
     if asked is not None:
-        stages_for(asked if isinstance(asked, int) else len(asked), num_stages, stride)
-    return Split(asked, num_stages, stride, warmup, tolerance, time_shift, forecast, freshness)
+        stages_for(asked if isinstance(asked, int) else len(asked), num_stages, stride, guidance)
+    return Split(asked, num_stages, stride, warmup, tolerance, time_shift, forecast, freshness, guidance)
 
 
 def check_warmup(text: str, tolerance: float | None) -> int | str:
@@ -190,10 +202,15 @@ def parse_devices(text: str) -> int | tuple[str, ...]:
     return names
 
 
-def stages_for(num_devices: int, num_stages: int | None, stride: int) -> int:
-    """The number of stages that keeps every device busy: `num_stages` if it does, else what fits if None."""
+def stages_for(num_devices: int, num_stages: int | None, stride: int, guidance: Guidance = "together") -> int:
+    """The number of stages that keeps every device busy: `num_stages` if it does, else what fits if None.
+
+    With `guidance="split"` those of each group; "auto", of which the first denoiser call decides, counts as
+    "together".
+    """
     with _option_names():
-        return settle(num_devices, num_stages, stride)[0]
+        groups = settle_groups(num_devices, num_stages, stride, guidance)
+        return settle(num_devices // groups, num_stages, stride)[0]
 
 
 @contextmanager
@@ -203,6 +220,7 @@ def _option_names() -> Iterator[None]:
         yield
     except ConfigurationError as error:
         as_options = re.sub(r"\b(?:num_)?(stages|stride|warmup_steps)=(\d+)", r"--\1 \2", str(error))
+        as_options = re.sub(r'\bguidance="(\w+)"', r"--guidance \1", as_options)
         raise ConfigurationError(as_options.replace("--warmup_steps", "--warmup-steps")) from error
 
 

@@ -159,7 +159,10 @@ def plan(
         report("Comparing", 0, 0)
         wish = _Wish(names, time_shift, forecast, freshness, objective)
         candidates = list_candidates(
-            lambda num_stages, stride: wish.plan(basis, num_stages, stride), described, steps, warmups
+            lambda num_stages, stride, groups: wish.plan(basis, num_stages, stride, groups),
+            described,
+            steps,
+            warmups,
         )
     chosen = choose_candidate(candidates, objective)
     if output is not None:
@@ -172,15 +175,18 @@ def plan(
 
 @dataclass(frozen=True)
 class _Times:
-    """Milliseconds of blocks by name, and of the pipeline's own work per step where it is known."""
+    """Milliseconds of blocks by name, also with half a batch where that was measured, and of the pipeline's
+    own work per step where it is known."""
 
     block_ms: dict[str, float]
     driver_ms: float | None
+    part_block_ms: dict[str, float] | None
 
 
 @dataclass(frozen=True)
 class _Basis:
-    """What plans are made from. `source`: where the seconds come from, for people."""
+    """What plans are made from. `source`: where the seconds come from, for people. `part`: one of two parts
+    of the batch, None where it cannot be shared; `part_seconds`: as `seconds`, of it."""
 
     examination: Examination
     source: str
@@ -188,6 +194,8 @@ class _Basis:
     speeds: tuple[float, ...] | None
     seconds: dict[Any, float] | None = None
     driver_seconds: float | None = None
+    part: Examination | None = None
+    part_seconds: dict[Any, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -200,17 +208,23 @@ class _Wish:
     freshness: Freshness
     objective: Objective
 
-    def plan(self, basis: _Basis, num_stages: int, stride: int) -> Plan:
-        """The best plan within the memory limit, else the best without."""
-        settings = Settings(num_stages, stride, 1, self.time_shift, self.forecast, self.freshness)
+    def plan(self, basis: _Basis, num_stages: int, stride: int, groups: int) -> Plan:
+        """The best plan within the memory limit, else the best without; `ConfigurationError` for groups where
+        the batch cannot be shared."""
+        settings = Settings(
+            num_stages, stride, 1, self.time_shift, self.forecast, self.freshness, groups=groups
+        )
+        examination = basis.examination if groups == 1 else basis.part
+        if examination is None:
+            raise ConfigurationError("The batch of the denoiser's call cannot be shared.")
 
         def make(max_weight_bytes: float) -> Plan:
             count = settings.num_workers
-            return basis.examination.plan_with(
+            return examination.plan_with(
                 settings,
                 self.names[:count],
                 threads_per_device=basis.threads,
-                seconds=basis.seconds,
+                seconds=basis.seconds if groups == 1 else basis.part_seconds,
                 driver_seconds=basis.driver_seconds,
                 speeds=None if basis.speeds is None else basis.speeds[:count],
                 max_weight_bytes=max_weight_bytes,
@@ -280,22 +294,30 @@ def _basis(
 
     threads = plan_subject.threads_per_device(names)
     if profile:
-        examination, measured = plan_subject.measure(request, names, threads, report)
+        looked, measured = plan_subject.measure(request, names, threads, report)
         return _Basis(
-            examination,
+            looked.whole,
             f"measured on {names[0]}",
             threads,
             speeds or measured.speeds,
             dict(measured.profile.block_seconds),
             measured.profile.driver_seconds,
+            looked.part,
+            None if measured.part_seconds is None else dict(measured.part_seconds),
         )
-    examination = plan_subject.look_at(request, names[0], report)
+    looked = plan_subject.look_at(request, names[0], report)
     if times is None:
         source = "estimated from FLOPs and bytes: compare them, do not believe them (--profile measures)"
-        return _Basis(examination, source, threads, speeds)
-    seconds = plan_subject.given_seconds(examination, times.block_ms, names[0])
+        return _Basis(looked.whole, source, threads, speeds, part=looked.part)
+    seconds = plan_subject.given_seconds(looked.whole, times.block_ms, names[0])
+    part_seconds = None
+    if looked.part is not None:
+        given = times.part_block_ms or {name: value / 2 for name, value in times.block_ms.items()}
+        part_seconds = plan_subject.given_seconds(looked.part, given, names[0])
+    is_halved = looked.part is not None and times.part_block_ms is None
+    source = "as given" + (", and half of it for half a batch" if is_halved else "")
     driver_seconds = None if times.driver_ms is None else times.driver_ms / 1e3
-    return _Basis(examination, "as given", threads, speeds, seconds, driver_seconds)
+    return _Basis(looked.whole, source, threads, speeds, seconds, driver_seconds, looked.part, part_seconds)
 
 
 def _device_names(asked: int | tuple[str, ...] | None, *, on_this_machine: bool) -> list[str]:
@@ -356,7 +378,10 @@ def _read_times(path: Path) -> _Times:
         )
     if driver_ms is not None and not _is_duration(driver_ms):
         raise ConfigurationError(f"--times {path}: driver_ms must be milliseconds, not {driver_ms!r}.")
-    return _Times({name: float(value) for name, value in block_ms.items()}, driver_ms)
+    part_ms = content.get("part_block_ms") if is_ours else None
+    if part_ms is not None and not (isinstance(part_ms, dict) and all(map(_is_duration, part_ms.values()))):
+        raise ConfigurationError(f"--times {path}: part_block_ms must be of block names and milliseconds.")
+    return _Times({name: float(value) for name, value in block_ms.items()}, driver_ms, part_ms or None)
 
 
 def _is_duration(value: object) -> bool:
@@ -372,6 +397,7 @@ def _to_json(
     chosen: Candidate,
 ) -> dict[str, Any]:
     block_ms = {str(key): 1e3 * seconds for key, seconds in (basis.seconds or {}).items()}
+    part_ms = {str(key): 1e3 * seconds for key, seconds in (basis.part_seconds or {}).items()}
     driver_ms = None if basis.driver_seconds is None else 1e3 * basis.driver_seconds
     return {
         "arch": request.arch,
@@ -385,6 +411,7 @@ def _to_json(
         "bandwidth_bytes_per_s": machine.bandwidth_bytes_per_s,
         "candidates": [_candidate_json(each, is_chosen=each is chosen) for each in candidates],
         **({"block_ms": block_ms} if block_ms else {}),
+        **({"part_block_ms": part_ms} if part_ms else {}),
         "driver_ms": driver_ms,
     }
 
@@ -392,6 +419,7 @@ def _to_json(
 def _candidate_json(candidate: Candidate, *, is_chosen: bool) -> dict[str, Any]:
     plan = candidate.plan
     return {
+        "groups": plan.groups,
         "num_stages": plan.num_stages,
         "stride": plan.stride,
         "warmup_steps": plan.warmup_steps,
@@ -420,8 +448,8 @@ def _show(
     from asyncdiff.bench.command import show_table
 
     heads = (
-        "", "stages", "stride", "warm-up", "devices", f"{steps} steps", "speed-up", "weights per device",
-        "sent per step", "staleness", "split",
+        "", "guidance", "stages", "stride", "warm-up", "devices", f"{steps} steps", "speed-up",
+        "weights per device", "sent per step", "staleness", "split",
     )  # fmt: skip
     dtype = str(basis.examination.dtype).removeprefix("torch.")
     rows = [_row(each, is_chosen=each is chosen, objective=objective) for each in candidates]
@@ -441,6 +469,7 @@ def _row(candidate: Candidate, *, is_chosen: bool, objective: Objective) -> tupl
     too_stale = "" if objective.is_fresh_enough(candidate) else " !"
     return (
         "->" if is_chosen else "",
+        "split" if plan.groups > 1 else "together",
         "in order" if is_alone else str(plan.num_stages),
         "" if is_alone else str(plan.stride),
         "" if is_alone else str(plan.warmup_steps),

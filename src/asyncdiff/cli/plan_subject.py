@@ -24,7 +24,13 @@ from asyncdiff.cli.arguments import Dtype
 from asyncdiff.graph import BlockKey
 from asyncdiff.pipeline.denoiser import denoisers_of, replaced_forward
 from asyncdiff.pipeline.devices import Placement
-from asyncdiff.pipeline.examination import Examination, examine, examine_pipeline, example_inputs
+from asyncdiff.pipeline.examination import (
+    Examination,
+    examine,
+    examine_part,
+    example_denoiser_call,
+    example_inputs,
+)
 from asyncdiff.pipeline.profiling import Profile, profile_blocks, profile_pipeline
 from asyncdiff.pipeline.weightless import load_without_weights
 from asyncdiff.profile import relative_speeds
@@ -48,11 +54,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """A denoiser call, and one of two parts of its batch; None where the batch cannot be shared."""
+
+    whole: Examination
+    part: Examination | None
+
+
+@dataclass(frozen=True)
 class Measured:
-    """On the first device; `speeds`: of the devices, None where they are of one kind."""
+    """On the first device; `speeds`: of the devices, None where they are of one kind. `part_seconds`: as the
+    profile's, of one of two parts of the batch."""
 
     profile: Profile
     speeds: tuple[float, ...] | None
+    part_seconds: Mapping[BlockKey, float] | None
 
 
 def torch_dtype(dtype: Dtype, device: str) -> torch.dtype:
@@ -63,7 +79,7 @@ def torch_dtype(dtype: Dtype, device: str) -> torch.dtype:
     return found
 
 
-def look_at(request: Request, device: str, report: Progress) -> Examination:
+def look_at(request: Request, device: str, report: Progress) -> Looked:
     """Record a denoiser call without any weights; `ConfigurationError` where that is not enough."""
     dtype = torch_dtype(request.dtype, device)
     report("Looking at the denoiser", 0, 0)
@@ -71,15 +87,18 @@ def look_at(request: Request, device: str, report: Progress) -> Examination:
         architecture = _architecture(request)
         denoiser = build_denoiser(architecture, dtype, weightless=True)
         inputs = flatten_inputs(type(denoiser).forward, (), architecture.inputs(dtype))
-        return examine(denoiser, inputs, weights_at_hand=False)
-    assert request.model is not None
-    pipe = load_without_weights(str(Path(request.model).expanduser()), dtype)
-    return examine_pipeline(pipe, weights_at_hand=False, size=request.size)
+    else:
+        assert request.model is not None
+        pipe = load_without_weights(str(Path(request.model).expanduser()), dtype)
+        denoiser, inputs = example_denoiser_call(pipe, request.size)
+    part = examine_part(denoiser, inputs, weights_at_hand=False)
+    whole = examine(denoiser, inputs, weights_at_hand=False)
+    return Looked(whole, None if part is None else part[0])
 
 
 def measure(
     request: Request, devices: Sequence[str], threads: int | None, report: Progress
-) -> tuple[Examination, Measured]:
+) -> tuple[Looked, Measured]:
     """Load it (an architecture: with random weights) on the first device, and time it there."""
     device = torch.device(devices[0])
     if request.arch is not None:
@@ -103,9 +122,14 @@ def measure(
     examination = examine(denoiser, inputs, weights_at_hand=True)
     report("Timing the blocks", 0, 0)
     profile = _profile(pipe, denoiser, call, inputs, examination, device, threads)
+    part = examine_part(denoiser, inputs, weights_at_hand=True)
+    part_seconds = None
+    if part is not None:
+        part_seconds = profile_blocks(denoiser, part[1], part[0].recording, device, threads)
     with replaced_forward(denoiser, None):
         speeds = relative_speeds(denoiser, examination.weights, inputs, devices, threads)
-    return examination, Measured(profile, speeds)
+    looked = Looked(examination, None if part is None else part[0])
+    return looked, Measured(profile, speeds, part_seconds)
 
 
 def _profile(

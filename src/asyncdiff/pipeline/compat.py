@@ -68,6 +68,7 @@ class AsyncDiff:
             time_shift=time_shift,
             forecast=forecast,
             freshness=freshness,
+            guidance="together",
             runtime=runtime,
         )
 

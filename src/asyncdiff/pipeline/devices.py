@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from asyncdiff.config import available_cores, settle
+from asyncdiff.config import available_cores, can_split, settle, settle_groups
 from asyncdiff.errors import ConfigurationError
 
 RUNTIMES = ("auto", "local", "spawn", "torchrun")
@@ -16,11 +16,17 @@ RUNTIMES = ("auto", "local", "spawn", "torchrun")
 
 @dataclass(frozen=True)
 class Placement:
-    """`runtime`: one of `RUNTIMES` but "auto". `devices`: one per rank, a single one for "local"."""
+    """`runtime`: one of `RUNTIMES` but "auto". `devices`: one per rank, a single one for "local".
+
+    `num_stages`: of each of `groups` groups. `split_stages`: what `num_stages` would be with two groups,
+    where that is still to be decided; else None.
+    """
 
     runtime: str
     devices: tuple[str, ...]
     num_stages: int
+    groups: int = 1
+    split_stages: int | None = None
 
     @property
     def threads_per_device(self) -> int | None:
@@ -37,20 +43,40 @@ def settle_placement(
     stride: int,
     runtime: str,
     denoiser_device: torch.device,
+    guidance: str = "together",
 ) -> Placement:
     """What was asked for as a `Placement`; `ConfigurationError` for what this machine cannot do."""
     if runtime not in RUNTIMES:
         raise ConfigurationError(f"runtime must be one of {', '.join(RUNTIMES)}, but {runtime!r} was given.")
     if runtime == "torchrun" or (runtime == "auto" and _is_under_torchrun()):
-        return _torchrun_placement(devices, num_stages, stride, denoiser_device)
+        return _torchrun_placement(devices, num_stages, stride, denoiser_device, guidance)
     if runtime == "local" or (devices is None and num_stages is not None and runtime == "auto"):
-        return _local_placement(devices, num_stages, stride, denoiser_device)
+        return _local_placement(devices, num_stages, stride, denoiser_device, guidance)
     names = parse_devices(devices, denoiser_device)
-    stages, workers = settle(len(names), num_stages, stride)
-    if workers == 1 and runtime == "auto":
-        return Placement("local", names, stages)
-    _check_driver_device(names[0], denoiser_device)
-    return Placement("spawn", names, stages)
+    if len(names) == 1 and runtime == "auto":
+        runtime = "local"
+    else:
+        _check_driver_device(names[0], denoiser_device)
+        runtime = "spawn"
+    return _placement(runtime, names, len(names), num_stages, stride, guidance)
+
+
+def _placement(
+    runtime: str,
+    names: tuple[str, ...],
+    num_devices: int | None,
+    num_stages: int | None,
+    stride: int,
+    guidance: str,
+) -> Placement:
+    """`num_devices`: how many there are, or would be where one runs all stages in turn."""
+    groups = settle_groups(num_devices, num_stages, stride, guidance)
+    of_group = None if num_devices is None else num_devices // groups
+    stages, _ = settle(of_group, num_stages, stride)
+    if not can_split(num_devices, num_stages, stride, guidance):
+        return Placement(runtime, names, stages, groups)
+    assert num_devices is not None
+    return Placement(runtime, names, stages, groups, settle(num_devices // 2, None, stride)[0])
 
 
 def parse_devices(devices: int | Sequence[str] | None, denoiser_device: torch.device) -> tuple[str, ...]:
@@ -120,21 +146,20 @@ def _check_driver_device(first: str, denoiser_device: torch.device) -> None:
 
 
 def _local_placement(
-    devices: int | Sequence[str] | None, num_stages: int | None, stride: int, denoiser_device: torch.device
+    devices: int | Sequence[str] | None,
+    num_stages: int | None,
+    stride: int,
+    denoiser_device: torch.device,
+    guidance: str,
 ) -> Placement:
+    name, count = str(denoiser_device), None
     if isinstance(devices, int) and not isinstance(devices, bool):
-        stages, _ = settle(devices, num_stages, stride)
-        return Placement("local", (str(denoiser_device),), stages)
-    if devices is None:
-        return Placement("local", (str(denoiser_device),), settle(None, num_stages, stride)[0])
-    names = parse_devices(devices, denoiser_device)
-    _check_driver_device(names[0], denoiser_device)
-    stages, _ = (
-        settle(None, num_stages, stride)
-        if len(names) == 1 and num_stages
-        else settle(len(names), num_stages, stride)
-    )
-    return Placement("local", (names[0],), stages)
+        count = devices
+    elif devices is not None:
+        names = parse_devices(devices, denoiser_device)
+        _check_driver_device(names[0], denoiser_device)
+        name, count = names[0], None if len(names) == 1 and num_stages else len(names)
+    return _placement("local", (name,), count, num_stages, stride, guidance)
 
 
 def _is_under_torchrun() -> bool:
@@ -142,7 +167,11 @@ def _is_under_torchrun() -> bool:
 
 
 def _torchrun_placement(
-    devices: int | Sequence[str] | None, num_stages: int | None, stride: int, denoiser_device: torch.device
+    devices: int | Sequence[str] | None,
+    num_stages: int | None,
+    stride: int,
+    denoiser_device: torch.device,
+    guidance: str,
 ) -> Placement:
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         raise ConfigurationError(
@@ -155,7 +184,7 @@ def _torchrun_placement(
             f"devices={devices} was given, but torchrun started {world_size} processes. Pass neither, or "
             f"start torchrun --nproc-per-node {devices}."
         )
-    stages, _ = settle(world_size, num_stages, stride)
+    placement = _placement("torchrun", (), world_size, num_stages, stride, guidance)
     if devices is not None and not isinstance(devices, int):
         names = tuple(devices)
         if len(names) != world_size:
@@ -165,4 +194,4 @@ def _torchrun_placement(
             )
     else:
         names = (denoiser_device.type,) * world_size
-    return Placement("torchrun", names, stages)
+    return replace(placement, devices=names)

@@ -15,6 +15,7 @@ from torch import nn
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.graph import BlockGraph, BlockKey
+from asyncdiff.guidance import PartsMemory, find_shared_batch
 from asyncdiff.pipeline.analysis import first_plan, record_call
 from asyncdiff.pipeline.denoiser import capture_call, denoisers_of
 from asyncdiff.planner import Plan
@@ -126,16 +127,33 @@ def examine(denoiser: nn.Module, inputs: Inputs, *, weights_at_hand: bool) -> Ex
     return Examination(recording, skeleton, next(denoiser.parameters()).dtype)
 
 
+def examine_part(
+    denoiser: nn.Module, inputs: Inputs, *, weights_at_hand: bool
+) -> tuple[Examination, Inputs] | None:
+    """`examine` one of two parts of the batch, with its inputs; None where the batch cannot be shared."""
+    skeleton = dump_skeleton(denoiser, allow_main=True)
+    shared = find_shared_batch(skeleton, inputs, 2, torch.device("cpu"))
+    if shared is None:
+        return None
+    part = PartsMemory().parts(inputs, shared)[0]
+    return examine(denoiser, part, weights_at_hand=weights_at_hand), part
+
+
 def examine_pipeline(pipe: Any, *, weights_at_hand: bool, size: int | None = None) -> Examination:
     """`examine` the pipeline's (first) denoiser, with the inputs that an example call gives it.
 
     Of a pipeline without weights (`asyncdiff.pipeline.weightless`), or a loaded one. `size`: height and width
     in pixels, None for its own. Raises what the call raises.
     """
-    denoiser = next(iter(denoisers_of(pipe).values()))
+    denoiser, inputs = example_denoiser_call(pipe, size)
+    return examine(denoiser, inputs, weights_at_hand=weights_at_hand)
+
+
+def example_denoiser_call(pipe: Any, size: int | None = None) -> tuple[nn.Module, Inputs]:
+    """The pipeline's (first) denoiser, and inputs with values that an example call gives it."""
     _, inputs = example_inputs(pipe, size)
     inputs = replace(inputs, leaves=tuple(map(with_values, inputs.leaves)))
-    return examine(denoiser, inputs, weights_at_hand=weights_at_hand)
+    return next(iter(denoisers_of(pipe).values())), inputs
 
 
 def example_inputs(pipe: Any, size: int | None = None) -> tuple[dict[str, Any], Inputs]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from asyncdiff.config import Settings, settle_warmup
+from asyncdiff.config import Settings, check_guidance, settle_warmup
 from asyncdiff.errors import ConfigurationError, ParallelizedError
+from asyncdiff.guidance import PartsMemory, batch_size, find_shared_batch
 from asyncdiff.launch.default_group import torchrun_rank
 from asyncdiff.launch.spawn import SpawnedWorkers
 from asyncdiff.launch.torchrun import join_torchrun
@@ -30,11 +33,13 @@ from asyncdiff.pipeline.division import Division
 from asyncdiff.pipeline.forward import current_forward
 from asyncdiff.pipeline.guards import refuse_other_ways
 from asyncdiff.pipeline.handle import Handle, WorkerInfo
-from asyncdiff.pipeline.installation import DenoiserEntry, Installation
+from asyncdiff.pipeline.installation import DenoiserEntry, Installation, TwoGroups
 from asyncdiff.pipeline.partition_request import PartitionRequest, check_partition
 from asyncdiff.pipeline.profiling import profile_pipeline
+from asyncdiff.pipeline.scheduler_lookup import is_guided
 from asyncdiff.planner import Plan, check_speeds
 from asyncdiff.profile import relative_speeds
+from asyncdiff.runtime.groups import Groups
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.runtime.remote import RemoteExecutor, Workers
 from asyncdiff.trace import flatten_inputs
@@ -52,6 +57,7 @@ def parallelize(
     time_shift: bool = False,
     forecast: str = "latents",
     freshness: str = "auto",
+    guidance: str = "auto",
     partition: PartitionRequest = None,
     plan: Plan | Mapping[str, Plan] | None = None,
     runtime: str = "auto",
@@ -59,18 +65,23 @@ def parallelize(
 ) -> Handle:
     """Divide the pipeline's denoiser, or each of several, over devices; `pipe(...)` is called as before.
 
-    `devices`: a number, or names, the first being the one the pipeline is on; `num_stages + stride - 1` of
-    them. Without devices but with `num_stages`, all stages run in this process (runtime "local"): the image
-    that as many devices would give. Under torchrun every rank calls this; ranks above 0 become workers and
-    leave by `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`, `time_shift`: Chen et al. 2024,
-    sections 3.2-3.3; `forecast`: "latents", "linear" or "damped" (docs/method.md, section 5), or "none", as
-    in the paper. `freshness`: "auto", so that a stage reads what arrives in time at the step it was produced
-    in (section 6), or "paper": one step late. `warmup_steps="auto"`: at least one step runs in order, then
-    every one while the relative error of the forecast is above `tolerance` (0.3); `last_run.steps_in_order`
-    tells which. `partition`: "chain", "nested", module names per stage, or None to choose the kind by speed,
-    weights per device and traffic. `plan`: a saved or edited plan, which then settles all of this but the
-    runtime; for several denoisers of different architectures one for each by name, as `handle.plans`.
-    `compile`: every device compiles its own blocks (`torch.compile`), unless they are compiled already.
+    `devices`: a number, or names, the first being the one the pipeline is on; `num_stages + stride - 1`
+    of them, twice that with `guidance="split"` (three times for three-way guidance), which gives the
+    halves of a batched denoiser call, or the two calls of a step, to two groups of devices. "together"
+    divides all devices into stages; "auto" splits where the devices are an even number, neither
+    `num_stages` nor a partition was asked for, and the first call is guided with a batch that can be
+    shared (docs/guidance.md). Without devices but with `num_stages`, all stages run in this process
+    (runtime "local"): the image that as many devices would give. Under torchrun every rank calls this;
+    ranks above 0 become workers and leave by `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`,
+    `time_shift`: Chen et al. 2024, sections 3.2-3.3; `forecast`: "latents", "linear" or "damped"
+    (docs/method.md, section 5), or "none", as in the paper. `freshness`: "auto", so that a stage reads
+    what arrives in time at the step it was produced in (section 6), or "paper": one step late.
+    `warmup_steps="auto"`: at least one step runs in order, and then every one while the relative error of
+    the forecast is above `tolerance` (0.3); `last_run.steps_in_order` tells which. `partition`: "chain",
+    "nested", module names per stage, or None to choose the kind by speed, weights per device and traffic.
+    `plan`: a saved or edited plan, which then settles all of this but the runtime; for several denoisers
+    of different architectures one for each by name, as `handle.plans`. `compile`: every device compiles
+    its own blocks (`torch.compile`), unless they are compiled already.
     Raises `ConfigurationError` before anything is started.
     """
     denoisers = denoisers_of(pipe)
@@ -83,6 +94,7 @@ def parallelize(
         time_shift,
         forecast,
         freshness,
+        guidance,
         partition,
         plan,
         runtime,
@@ -102,10 +114,16 @@ class Wish:
     time_shift: bool = False
     forecast: str = "latents"
     freshness: str = "auto"
+    guidance: str = "auto"
     partition: PartitionRequest = None
     plan: Plan | Mapping[str, Plan] | None = None
     runtime: str = "auto"
     compile: bool = False
+
+    @property
+    def guidance_of_devices(self) -> str:
+        """As `settle_placement` takes it: a partition that was asked for is one of all devices."""
+        return "together" if self.guidance == "auto" and self.partition is not None else self.guidance
 
 
 def divide(
@@ -128,11 +146,15 @@ def divide(
             settings.stride,
             wish.runtime,
             device,
+            "split" if given.groups > 1 else "together",
         )
+        placement = _placement_of(given, placement, wish.guidance)
         partitions = {name: each.stages for name, each in plans.items()}
     else:
-        placement = settle_placement(devices, wish.num_stages, wish.stride, wish.runtime, device)
-        settings = _settings(placement.num_stages, wish)
+        placement = settle_placement(
+            devices, wish.num_stages, wish.stride, wish.runtime, device, wish.guidance_of_devices
+        )
+        settings = _settings(placement, wish)
         partitions = dict.fromkeys(denoisers, wish.partition)
     for name, denoiser in denoisers.items():
         check_partition(partitions[name], settings, denoiser)
@@ -140,22 +162,33 @@ def divide(
     if placement.runtime == "torchrun" and torchrun_rank() > 0:
         _let_go_of_weights(pipe)
     started = _start(placement, threads, denoisers, unloaded or {}, wish.compile)
-    installations = [
-        Installation(
-            pipe,
-            name,
-            denoiser,
-            executor,
-            settings,
-            started.devices,
-            started.lock,
-            partition=wish.partition,
-            plan=plans.get(name),
-            threads=threads,
-            ships=placement.runtime != "local",
-        )
-        for (name, denoiser), executor in zip(denoisers.items(), started.executors, strict=True)
-    ]
+    with ExitStack() as undo:
+        undo.callback(started.close_workers)
+        installations = []
+        for name, denoiser in denoisers.items():
+            groups = started.open_groups(name, settings.groups)
+            undo.callback(groups.close)
+            two_groups = None
+            if placement.split_stages is not None:
+                open_two = functools.partial(started.open_groups, name, 2)
+                two_groups = TwoGroups(placement.split_stages, open_two)
+            installations.append(
+                Installation(
+                    pipe,
+                    name,
+                    denoiser,
+                    groups,
+                    settings,
+                    started.devices,
+                    started.lock,
+                    partition=wish.partition,
+                    plan=plans.get(name),
+                    threads=threads,
+                    ships=placement.runtime != "local",
+                    two_groups=two_groups,
+                )
+            )
+        undo.pop_all()
     division = Division(pipe, installations, started.devices, started.lock, started.close_workers)
     division.install()
     handle = Handle(division, started.workers)
@@ -166,11 +199,35 @@ def divide(
     return handle
 
 
-def _settings(num_stages: int, wish: Wish) -> Settings:
+def _settings(placement: Placement, wish: Wish) -> Settings:
     warmup_steps, tolerance = settle_warmup(wish.warmup_steps, wish.tolerance)
     return Settings(
-        num_stages, wish.stride, warmup_steps, wish.time_shift, wish.forecast, wish.freshness, tolerance
+        placement.num_stages,
+        wish.stride,
+        warmup_steps,
+        wish.time_shift,
+        wish.forecast,
+        wish.freshness,
+        tolerance,
+        placement.groups,
     )
+
+
+def _placement_of(plan: Plan, placement: Placement, guidance: str) -> Placement:
+    """The placement with the plan's groups; `ConfigurationError` where the devices or `guidance` ask for
+    others."""
+    check_guidance(guidance)
+    is_split = plan.groups > 1
+    if guidance != "auto" and (guidance == "split") != is_split:
+        raise ConfigurationError(
+            f'guidance="{guidance}" was given with a plan of {plan.groups} group{"s" * is_split} of devices.'
+        )
+    if placement.runtime != "local" and placement.groups != plan.groups:
+        raise ConfigurationError(
+            f"The plan needs {plan.num_workers} devices ({plan.groups} groups), but {len(placement.devices)} "
+            "were given."
+        )
+    return replace(placement, groups=plan.groups)
 
 
 def handle_of(pipe: Any) -> Handle:
@@ -194,6 +251,7 @@ def plan(
     time_shift: bool = False,
     forecast: str = "latents",
     freshness: str = "auto",
+    guidance: str = "auto",
     partition: PartitionRequest = None,
     profile: bool = False,
     speeds: Sequence[float] | None = None,
@@ -202,32 +260,53 @@ def plan(
     """How `parallelize` with the same arguments would divide the denoiser (each of several, if they have the
     same architecture); nothing is started or moved.
 
-    `example`: keyword arguments of a pipeline call, which is made up to its first denoiser call to see the
-    inputs (default: an empty prompt). `profile`: time every block on the denoiser's device with those inputs,
-    and the pipeline's own work between denoiser calls, instead of estimating from FLOPs and bytes; slower,
-    better balanced, and not the same cut every time. `speeds`: of each device, `num_stages + stride - 1` of
-    them, 1.0 for one like the denoiser's; by default all are equal, or with `profile` as fast as devices of
-    another kind turn out to be, each of which holds the whole denoiser while it is timed.
+    `example`: keyword arguments of a pipeline call, which is made up to its first denoiser call to see
+    the inputs (default: an empty prompt). `profile`: time every block on the denoiser's device with those
+    inputs, and the pipeline's own work between denoiser calls, instead of estimating from FLOPs and
+    bytes; slower, better balanced, and not the same cut every time. `speeds`: of each device, as many as
+    there are, 1.0 for one like the denoiser's; by default all are equal, or with `profile` as fast as
+    devices of another kind turn out to be, each of which holds the whole denoiser while it is timed.
     """
     denoisers = denoisers_of(pipe)
     _refuse_what_cannot_be_divided(pipe, denoisers)
     _refuse_different_ones(pipe, denoisers)
     denoiser = next(iter(denoisers.values()))
     device = device_of(denoisers.values())
-    placement = settle_placement(devices, num_stages, stride, "auto", device)
-    wish = Wish(num_stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness)
-    settings = _settings(placement.num_stages, wish)
+    wish = Wish(
+        num_stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness, guidance, partition
+    )
+    placement = settle_placement(devices, num_stages, stride, "auto", device, wish.guidance_of_devices)
+    settings = _settings(placement, wish)
     check_partition(partition, settings, denoiser)
-    check_speeds(settings.num_stages, stride, speeds)
+    check_speeds(settings.num_stages, stride, speeds, settings.groups)
     call = dict(example) if example is not None else {"prompt": ""}
     args, kwargs = capture_call(pipe, denoisers.values(), call)
     inputs = flatten_inputs(type(denoiser).forward, args, kwargs)
     skeleton = dump_skeleton(denoiser, allow_main=True)
+    shared = None
+    if placement.split_stages is not None and is_guided(pipe) is not False:
+        shared = find_shared_batch(skeleton, inputs, 2, device)
+        if shared is not None:
+            settings = replace(settings, num_stages=placement.split_stages, groups=2)
+    elif settings.groups > 1:
+        ways = (find_shared_batch(skeleton, inputs, parts, device) for parts in range(settings.groups, 1, -1))
+        shared = next((way for way in ways if way is not None), None)
+        if shared is None and is_guided(pipe) is False:
+            raise ConfigurationError(
+                f"The example call has a batch of {batch_size(inputs)}, which cannot be shared between "
+                f"{settings.groups} groups of devices, and no guidance. Use "
+                'guidance="together", or another example.'
+            )
+    whole = inputs
+    if shared is not None:  # else guidance may be several calls of a step, which take turns
+        inputs = PartsMemory().parts(inputs, shared)[0]
     recording = record_call(denoiser, skeleton, inputs, device, weights_at_hand=True)
     measured = None
     if profile:
         threads = placement.threads_per_device
-        measured = profile_pipeline(pipe, denoisers.values(), call, inputs, recording, device, threads)
+        measured = profile_pipeline(
+            pipe, denoisers.values(), call, inputs, recording, device, threads, whole=whole
+        )
         if speeds is None and len(placement.devices) > 1:
             with replaced_forward(denoiser, None):
                 speeds = relative_speeds(denoiser, skeleton, inputs, placement.devices, threads)
@@ -319,10 +398,10 @@ def _let_go_of_weights(pipe: Any) -> None:
 
 @dataclass(frozen=True)
 class _Started:
-    """One executor per denoiser, all with the same workers; `devices`: of every rank; `lock`: see
-    `Installation`."""
+    """`open_groups`: so many groups for the denoiser of a name, all with the same workers; `devices`: of
+    every rank; `lock`: see `Installation`."""
 
-    executors: Sequence[LocalExecutor | RemoteExecutor]
+    open_groups: Callable[[str, int], Groups]
     devices: tuple[str, ...]
     lock: threading.RLock
     workers: tuple[WorkerInfo, ...] = ()
@@ -340,11 +419,11 @@ def _start(
         device = torch.device(placement.devices[0])
         for name, weights in unloaded.items():
             read_unloaded(denoisers[name], weights, device)
-        return _Started(
-            [LocalExecutor(device, compile_blocks=compile_blocks) for _ in denoisers],
-            placement.devices,
-            threading.RLock(),
-        )
+
+        def open_local(name: str, count: int) -> Groups:
+            return Groups([LocalExecutor(device, compile_blocks=compile_blocks) for _ in range(count)])
+
+        return _Started(open_local, placement.devices, threading.RLock())
     host = "127.0.0.1"
     workers: Workers
     devices = list(placement.devices)
@@ -355,28 +434,38 @@ def _start(
     else:
         workers = SpawnedWorkers([threads] * (len(devices) - 1))
     counts: list[int | None] = [threads if torch.device(name).type == "cpu" else None for name in devices]
-    executors: list[RemoteExecutor] = []
-    try:
-        for name, denoiser in denoisers.items():
-            preload = (type(denoiser).__module__,)
-            executors.append(
-                RemoteExecutor(
-                    workers,
-                    devices,
-                    counts,
-                    host=host,
-                    preload=preload,
-                    unloaded=unloaded.get(name),
-                    compile_blocks=compile_blocks,
+
+    def open_groups(name: str, count: int) -> Groups:
+        executors: list[RemoteExecutor] = []
+        try:
+            for members in _members(len(devices), count):
+                executors.append(
+                    RemoteExecutor(
+                        workers,
+                        [devices[rank] for rank in (0, *members)],
+                        [counts[rank] for rank in (0, *members)],
+                        members=members,
+                        host=host,
+                        preload=(type(denoisers[name]).__module__,),
+                        unloaded=unloaded.get(name),
+                        compile_blocks=compile_blocks,
+                    )
                 )
-            )
-    except BaseException:
-        for executor in executors:
-            executor.close()
-        workers.close()
-        raise
+        except BaseException:
+            for executor in executors:
+                executor.close()
+            raise
+        return Groups(executors)
+
     infos = tuple(
         WorkerInfo(rank, devices[rank], connection.pid, connection.host)
         for rank, connection in sorted(workers.connections.items())
     )
-    return _Started(executors, tuple(devices), workers.users.lock, infos, workers.close)
+    return _Started(open_groups, tuple(devices), workers.users.lock, infos, workers.close)
+
+
+def _members(num_devices: int, groups: int) -> list[tuple[int, ...]]:
+    """The workers' ranks of each group; rank 0 is the driver."""
+    size = num_devices // groups
+    everyone = range(num_devices)
+    return [tuple(rank for rank in everyone[i * size : (i + 1) * size] if rank) for i in range(groups)]

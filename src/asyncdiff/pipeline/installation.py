@@ -11,17 +11,18 @@ import inspect
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from asyncdiff.config import Settings
+from asyncdiff.config import MAX_GROUPS, Settings
 from asyncdiff.errors import ConfigurationError, ParallelizedError, WeightsLostError
 from asyncdiff.graph import Partition
+from asyncdiff.guidance import PartsMemory, SharedBatch, batch_size, find_shared_batch
 from asyncdiff.pipeline.analysis import (
     Analysis,
     analyse,
@@ -44,12 +45,14 @@ from asyncdiff.pipeline.run_state import (
     with_line,
 )
 from asyncdiff.pipeline.runs import PlacedCall, Runs
-from asyncdiff.pipeline.scheduler_lookup import calling_pipeline
+from asyncdiff.pipeline.scheduler_lookup import calling_pipeline, is_guided
 from asyncdiff.pipeline.timesteps import timestep_name
+from asyncdiff.pipeline.turns import Turns
 from asyncdiff.pipeline.user_warning import warn_user
 from asyncdiff.planner import Plan
 from asyncdiff.protocol.messages import RoundInfo
 from asyncdiff.runtime.executor import Executor, RoundCall
+from asyncdiff.runtime.groups import Groups
 from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.schedule import Schedule
 from asyncdiff.trace import Inputs, flatten_inputs
@@ -85,11 +88,29 @@ class DenoiserEntry:
         return self._installation.call(args, kwargs)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one group has to do of a call: all of it, or a part of its batch."""
+
+    group: int
+    channel: Any
+    inputs: Inputs
+    state: ChannelState
+
+
+@dataclass(frozen=True)
+class TwoGroups:
+    """The same devices as two groups, which are not there before `open` is called."""
+
+    num_stages: int
+    open: Callable[[], Groups]
+
+
 class Installation:
     """One denoiser divided over devices, serving every pipeline that shares it.
 
     `name`: what `pipe` calls it. `lock`: of all denoisers that share workers, which take turns
-    (`WorkerUsers`).
+    (`WorkerUsers`). `two_groups`: what the first call may choose in the place of `groups`, which is one then.
     """
 
     def __init__(
@@ -97,7 +118,7 @@ class Installation:
         pipe: Any,
         name: str,
         denoiser: nn.Module,
-        executor: Executor,
+        groups: Groups,
         settings: Settings,
         devices: tuple[str, ...],
         lock: threading.RLock,
@@ -106,11 +127,14 @@ class Installation:
         plan: Plan | None,
         threads: int | None,
         ships: bool,
+        two_groups: TwoGroups | None = None,
     ) -> None:
         self.pipe = pipe
         self.name = name
         self.denoiser = denoiser
-        self.executor = executor
+        self.groups = groups
+        self._two_groups = two_groups
+        self._chose_groups = False
         self.settings = settings
         self.plan = plan
         self._devices = devices
@@ -130,9 +154,12 @@ class Installation:
         self._retired: list[int] = []
         scale = getattr(getattr(denoiser, "config", None), "timestep_scale", None)
         self._runs = Runs(name, () if scale is None else (float(scale),))
+        self._shared_batches: dict[Any, SharedBatch | None] = {}
+        self._parts_memory: dict[tuple[int, Any], PartsMemory] = {}
+        self._turns = Turns()
         self._channels: dict[tuple[int, Any], ChannelState] = {}
         self._warned: set[str] = set()
-        self._last_seen: tuple[int, Any, Seen] | None = None
+        self._last_seen: tuple[int, Any, list[Seen]] | None = None
         self._calls: dict[int, list[CallRecord]] = {}
         self.last_call: tuple[float, int] | None = None  # when it ended, and its run
         self._context = _ContextNames()
@@ -164,7 +191,7 @@ class Installation:
             try:
                 self._bring_home()
             finally:
-                self.executor.close()
+                self.groups.close()
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -176,7 +203,7 @@ class Installation:
         with self._lock:
             self._bring_home()
             self._skeleton = self._installed = None
-            self._analyses.clear()
+            self._forget_structures()
             remove_guards(self.denoiser)
             try:
                 yield
@@ -188,11 +215,16 @@ class Installation:
         """The denoiser computes in another way from the next call on."""
         self._is_changed = True
 
+    @property
+    def executor(self) -> Executor:
+        """Of the group that the driver computes in."""
+        return self.groups.first
+
     def _install_guards(self) -> None:
         install_guards(self.denoiser, self.device, self.dtype, self)
 
     def _bring_home(self) -> None:
-        lost = self.executor.restore(self.denoiser)
+        lost = self.groups.restore(self.denoiser)
         if lost:
             raise WeightsLostError(
                 f"{len(lost)} tensors of {self.name} were held by a worker that is gone, and no file that "
@@ -208,37 +240,48 @@ class Installation:
         with self._lock, _intra_op_threads(self._threads), torch.no_grad():
             inputs = flatten_inputs(self._forward, args, kwargs)
             self._refuse_gradients(inputs)
+            self._decide_groups(inputs)
             call = self._place(inputs)
-            self.executor.end_runs(self._forget_ended_runs())
-            analysis = self._analysis(inputs)
-            leaves = self._predict(call, inputs, analysis)
-            output = analysis.output.rebuild(leaves)
-            self._note_call(call, start_s)
+            self.groups.end_runs(self._forget_ended_runs())
+            parts = self._parts(call, inputs)
+            analyses = [self._analysis(part) for part in parts]
+            pieces = self._pieces(call, parts, analyses)
+            leaves = self._predict(call, inputs, pieces)
+            output = analyses[0].output.rebuild(leaves)
+            self._note_call(call, pieces, start_s)
             return output
 
-    def _predict(self, call: PlacedCall, inputs: Inputs, analysis: Analysis) -> list[torch.Tensor]:
-        position = call.position
-        state = self._channel_state(call, analysis)
-        argument = timestep_argument(inputs)
-        state.arguments[position.step] = argument.clone() if isinstance(argument, torch.Tensor) else argument
-        if state.schedule.continues_latents:
-            state.observe(call, inputs)
-        if state.schedule.round_of(position.step).first_step == position.step:
-            self._start_round(call, inputs, state)
-        leaves = self.executor.prediction(call.run, position.channel, position.step)
-        if state.settings.tolerance is not None:
-            *leaves, error = leaves
-            state.note_error(position.step, error.item())
-        return leaves
+    def _predict(self, call: PlacedCall, whole: Inputs, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        """The tensor leaves of the prediction, of all parts of the batch one after the other."""
+        step = call.position.step
+        last_seen = self._note_seen(call, pieces)
+        self._foretell(call, pieces)
+        rounds: dict[int, RoundCall] = {}
+        for index, piece in enumerate(pieces):
+            piece.state.note_inputs(call, piece.inputs)
+            if piece.state.schedule.round_of(step).first_step == step:
+                before = last_seen[index] if last_seen is not None else None
+                rounds[piece.group] = self._round(call, whole, piece, before)
+        if rounds:
+            self.groups.run_rounds(call.run, rounds)
+        channels = {piece.group: piece.channel for piece in pieces}
+        of_parts = self.groups.predictions(call.run, channels, step)
+        for leaves, piece in zip(of_parts, pieces, strict=True):
+            if piece.state.settings.tolerance is not None:
+                piece.state.note_error(step, leaves.pop().item())
+        if len(of_parts) == 1:
+            return of_parts[0]
+        return [torch.cat(leaves) for leaves in zip(*of_parts, strict=True)]
 
-    def _start_round(self, call: PlacedCall, inputs: Inputs, state: ChannelState) -> None:
+    def _round(self, call: PlacedCall, whole: Inputs, piece: Piece, before: Seen | None) -> RoundCall:
+        inputs, state = piece.inputs, piece.state
         step = call.position.step
         if state.settings.tolerance is not None and not state.error <= state.settings.tolerance:
             state.run_in_order(step)
         if state.schedule.continues_latents and not state.is_sure:
-            self._foresee(call, inputs, state)
+            _foresee(call, whole, inputs, state)
         settings = state.settings
-        conditions_of_call = Conditions(settings, call, inputs)
+        conditions_of_call = Conditions(settings, call, inputs, whole)
         if call.position.placed:
             conditions_of_call.observe()
         conditions = conditions_of_call.for_round(state.schedule.round_of(step), state.known_arguments)
@@ -247,7 +290,7 @@ class Installation:
             conditions = {}
         info = RoundInfo(
             run=call.run,
-            channel=call.position.channel,
+            channel=piece.channel,
             key=state.analysis.number,
             first_step=step,
             floats=inputs.floats(),
@@ -257,57 +300,146 @@ class Installation:
             latents_name=inputs.latents,
             gauged=settings.forecast if settings.tolerance is not None else None,
         )
+        following = None
+        # With the gate, whether the next one runs in order is not known yet.
+        if before is not None and info.gauged is None:
+            following = following_round(call, inputs, whole, info, state, before)
         round_ = state.schedule.round_of(step)
-        self.executor.run_round(
-            RoundCall(
-                info,
-                round=round_,
-                tensors=inputs.tensors(),
-                continued={
-                    ahead: state.course.continued(state.place(ahead)) for ahead in steps_ahead(round_)
-                },
-                following=self._following(call, inputs, info, state),
-            )
-        )
+        continued = {ahead: state.course.continued(state.place(ahead)) for ahead in steps_ahead(round_)}
+        return RoundCall(info, round_, inputs.tensors(), continued, following)
 
-    def _foresee(self, call: PlacedCall, inputs: Inputs, state: ChannelState) -> None:
-        """Find out what the timesteps to come will be; where they follow no known rule, no stage works ahead.
-
-        What is not sure yet is looked at again in the next round: it may have been rounded in another way.
-        """
-        conditions = Conditions(state.settings, call, inputs)
-        if conditions.can_foresee():
-            state.foreseen, state.is_sure = conditions.foreseen(state.schedule.num_steps)
-        else:
-            state.forecast_states(call.position.step)
-
-    def _following(
-        self, call: PlacedCall, inputs: Inputs, info: RoundInfo, state: ChannelState
-    ) -> RoundCall | None:
-        """The round that this one is followed by, where a step has one call: with several, another channel
-        comes in between."""
-        before, self._last_seen = self._last_seen, (call.run, call.position.channel, seen(inputs))
-        if not call.position.placed or before is None or before[:2] != (call.run, call.position.channel):
+    def _note_seen(self, call: PlacedCall, pieces: Sequence[Piece]) -> list[Seen] | None:
+        """What the parts of the call before were given, by which the round after this one is foreseen; None
+        where a step has several calls, because another channel comes in between."""
+        before = self._last_seen
+        self._last_seen = (call.run, call.position.channel, [seen(piece.inputs) for piece in pieces])
+        if not call.position.placed or before is None or before[:2] != self._last_seen[:2]:
             return None
-        if info.gauged is not None:
-            return None  # whether the next one runs in order is not known yet
-        return following_round(call, inputs, info, state, before[2])
+        return before[2] if len(before[2]) == len(pieces) else None
 
-    def _channel_state(self, call: PlacedCall, analysis: Analysis) -> ChannelState:
-        key = (call.run, call.position.channel)
+    def _pieces(self, call: PlacedCall, parts: Sequence[Inputs], analyses: Sequence[Analysis]) -> list[Piece]:
+        """What each group has to do. A call that is taken apart in another way than the last one starts
+        anew."""
+        channel = call.position.channel
+        of_parts = [(channel, part) for part in range(MAX_GROUPS)]
+        channels = [channel] if len(analyses) == 1 else of_parts[: len(analyses)]
+        for other in (channel, *of_parts):
+            if other not in channels:
+                self._channels.pop((call.run, other), None)
+        groups = range(len(parts)) if len(parts) > 1 else [self._turns.group_of(call, self.settings.groups)]
+        return [
+            Piece(group, each, part, self._channel_state(call, each, analysis, driver_computes=group == 0))
+            for group, each, part, analysis in zip(groups, channels, parts, analyses, strict=True)
+        ]
+
+    def _channel_state(
+        self, call: PlacedCall, channel: Any, analysis: Analysis, *, driver_computes: bool
+    ) -> ChannelState:
+        key = (call.run, channel)
         state = self._channels.get(key)
         if state is None or not state.follows(call.position, analysis):
             # A gate looks at how well states are forecast, so they are what is.
             gated = self.settings.tolerance is not None and self.settings.forecast == "latents"
             settings = with_line(self.settings) if gated else self.settings
-            state = ChannelState(analysis, settings, self._schedule(call.position, analysis, settings))
-            self._channels[key] = state
+            schedule = self._schedule(call.position, analysis, settings, driver_computes=driver_computes)
+            state = self._channels[key] = ChannelState(analysis, settings, schedule)
         return state
 
-    def _schedule(self, position: Position, analysis: Analysis, settings: Settings) -> Schedule:
+    def _schedule(
+        self, position: Position, analysis: Analysis, settings: Settings, *, driver_computes: bool
+    ) -> Schedule:
         """From this step to the end of the run; a call that cannot be placed is a run of one step."""
         num_steps = position.num_steps if position.placed and position.num_steps else position.step + 1
-        return schedule_for(analysis.partition.kind, analysis.wiring, settings, position.step, num_steps)
+        return schedule_for(
+            analysis.partition.kind,
+            analysis.wiring,
+            settings,
+            position.step,
+            num_steps,
+            driver_computes=driver_computes,
+        )
+
+    # -- the parts of a batch --------------------------------------------------------------------------------
+
+    def _foretell(self, call: PlacedCall, pieces: Sequence[Piece]) -> None:
+        """At a step's first call, what its other calls will be (the other half of guidance). Their groups
+        begin with that at once; whether it was right is seen when the call comes."""
+        if self.settings.groups == 1 or len(pieces) > 1:
+            return
+        inputs = pieces[0].inputs
+        self._turns.note(call, inputs)
+        for guess in self._turns.guesses(call, inputs, self.settings.groups):
+            channel, step = guess.call.position.channel, guess.call.position.step
+            state = self._channels.get((call.run, channel))
+            if state is None or not state.follows(guess.call.position, self._analysis(guess.inputs)):
+                continue
+            if state.schedule.round_of(step).first_step == step:
+                trial = state.copied()
+                trial.note_inputs(guess.call, guess.inputs)
+                piece = Piece(guess.group, channel, guess.inputs, trial)
+                round_ = self._round(guess.call, guess.inputs, piece, None)
+                # One version more is kept than it reads: should the guess be wrong, the round is run again.
+                info = replace(round_.info, history_depth=round_.info.history_depth + 1)
+                self.groups.foretell(guess.group, replace(round_, info=info))
+
+    def _parts(self, call: PlacedCall, inputs: Inputs) -> tuple[Inputs, ...]:
+        """The call itself, or its parts, one for each of the first groups."""
+        key = (call.run, call.position.channel)
+        shared = self._shared_batch(call, inputs)
+        if shared is None:
+            self._parts_memory.pop(key, None)
+            return (inputs,)
+        return self._parts_memory.setdefault(key, PartsMemory()).parts(inputs, shared)
+
+    def _decide_groups(self, inputs: Inputs) -> None:
+        """At the first call: two groups if guidance is on, as far as the pipeline says, and its batch can be
+        shared."""
+        alternative, self._two_groups = self._two_groups, None
+        if alternative is None:
+            return
+        pipe = calling_pipeline(self.denoiser, self.name) or self.pipe
+        if is_guided(pipe) is False or self._find_shared_batch(inputs, 2) is None:
+            return
+        groups = alternative.open()
+        self.groups.close()
+        self.groups = groups
+        self._chose_groups = True
+        self.settings = replace(self.settings, num_stages=alternative.num_stages, groups=2)
+
+    def _shared_batch(self, call: PlacedCall, inputs: Inputs) -> SharedBatch | None:
+        if self.settings.groups == 1:
+            return None
+        ways = (
+            self._find_shared_batch(inputs, num_parts) for num_parts in range(self.settings.groups, 1, -1)
+        )
+        shared = next((way for way in ways if way is not None), None)
+        is_second_step = call.position.new_step and call.position.step == 1
+        if shared is None and is_second_step and self._turns.num_calls(call.run) == 1:
+            self._tell_of_unshared(batch_size(inputs))
+        return shared
+
+    def _find_shared_batch(self, inputs: Inputs, num_parts: int) -> SharedBatch | None:
+        key = (inputs.key(), num_parts)
+        if key not in self._shared_batches:
+            while len(self._shared_batches) >= _MAX_STRUCTURES:
+                self._shared_batches.pop(next(iter(self._shared_batches)))
+            self._skeleton = self._skeleton or self._dump()
+            self._shared_batches[key] = find_shared_batch(self._skeleton, inputs, num_parts, self.device)
+        return self._shared_batches[key]
+
+    def _tell_of_unshared(self, batch: int) -> None:
+        groups = self.settings.groups
+        if batch > 1 and not self._chose_groups:
+            three = " Three-way guidance needs three groups." if batch == 3 else ""
+            raise ConfigurationError(
+                f"The denoiser is called with a batch of {batch}, which cannot be shared between {groups} "
+                f'groups of devices.{three} Use guidance="together".'
+            )
+        self._warn(
+            "unshared",
+            f"the only denoiser call of a step, with a batch of {batch}, cannot be shared between {groups} "
+            'groups of devices: one of them does all of it, and guidance="together" uses them all.',
+        )
 
     # -- where a call stands ---------------------------------------------------------------------------------
 
@@ -332,7 +464,7 @@ class Installation:
                 f"stride={settings.stride} is longer than the run of {position.num_steps} steps. Use "
                 f"stride={position.num_steps} or less, or more steps."
             )
-        if settings.num_workers > 1 and position.num_steps <= settings.warmup_steps + _SHORT_RUN_MARGIN:
+        if settings.group_size > 1 and position.num_steps <= settings.warmup_steps + _SHORT_RUN_MARGIN:
             self._warn(
                 "short",
                 f"a run of {position.num_steps} steps with warmup_steps={settings.warmup_steps} is too short "
@@ -342,6 +474,10 @@ class Installation:
     def _forget_ended_runs(self) -> tuple[int, ...]:
         ended = self._runs.take_ended()
         self._channels = {key: state for key, state in self._channels.items() if key[0] not in ended}
+        self._turns.forget(ended)
+        self._parts_memory = {
+            key: memory for key, memory in self._parts_memory.items() if key[0] not in ended
+        }
         self._calls = {run: calls for run, calls in self._calls.items() if run not in ended}
         return ended
 
@@ -390,7 +526,7 @@ class Installation:
         if self._skeleton is not self._installed:
             self._install_weights(analysis)
             self._installed = self._skeleton
-        self.executor.prepare(number, analysis.specs, analysis.wiring, tuple(self._retired))
+        self.groups.prepare(number, analysis.specs, analysis.wiring, tuple(self._retired))
         self._retired.clear()
         return analysis
 
@@ -399,7 +535,7 @@ class Installation:
         replicated = analysis.partition.replicated_stage
         stages = range(self.settings.num_stages)
         rank_stages = (*stages, *(replicated for _ in range(self.settings.stride - 1)))
-        self.executor.install(
+        self.groups.install(
             self.denoiser,
             self._skeleton,
             rank_stages,
@@ -427,7 +563,11 @@ class Installation:
                 "those, or call handle.remove() first, change them, then parallelize again."
             )
         self._skeleton = skeleton
+        self._forget_structures()
+
+    def _forget_structures(self) -> None:
         self._analyses.clear()
+        self._shared_batches.clear()
 
     def _dump(self) -> Skeleton:
         # What was done by functions instead of the guarded methods, or by putting something in their place.
@@ -450,11 +590,11 @@ class Installation:
 
     def recorded(self, run: int) -> RunRecord:
         """What was noted of a run, with what the workers hold now. Not before the first call."""
-        return RunRecord(self._calls.get(run, []), self.executor.reports(run))
+        return RunRecord(self._calls.get(run, []), self.groups.reports(run))
 
-    def _note_call(self, call: PlacedCall, start_s: float) -> None:
+    def _note_call(self, call: PlacedCall, pieces: Sequence[Piece], start_s: float) -> None:
         position = call.position
-        in_order = self._channels[call.run, position.channel].schedule.round_of(position.step).in_order
+        in_order = any(piece.state.schedule.round_of(position.step).in_order for piece in pieces)
         record = CallRecord(position.step, position.channel, start_s, time.perf_counter(), in_order)
         self.last_call = (record.end_s, call.run)
         self._calls.setdefault(call.run, []).append(record)
@@ -470,6 +610,18 @@ class Installation:
         if kind not in self._warned:
             self._warned.add(kind)
             warn_user(message)
+
+
+def _foresee(call: PlacedCall, whole: Inputs, inputs: Inputs, state: ChannelState) -> None:
+    """Find out what the timesteps to come will be; where they follow no known rule, no stage works ahead.
+
+    What is not sure yet is looked at again in the next round: it may have been rounded in another way.
+    """
+    conditions = Conditions(state.settings, call, inputs, whole)
+    if conditions.can_foresee():
+        state.foreseen, state.is_sure = conditions.foreseen(state.schedule.num_steps)
+    else:
+        state.forecast_states(call.position.step)
 
 
 class _ContextNames(threading.local):

@@ -32,10 +32,10 @@ def seen(inputs: Inputs) -> Seen:
 
 
 def following_round(
-    call: PlacedCall, inputs: Inputs, info: RoundInfo, state: ChannelState, before: Seen
+    call: PlacedCall, inputs: Inputs, whole: Inputs, info: RoundInfo, state: ChannelState, before: Seen
 ) -> RoundCall | None:
     """The next round of this call's channel, with the inputs that did not change since the call `before` and
-    the next timestep; None where there is none or its timestep is not known.
+    the next timestep; None where there is none or its timestep is not known. `whole` as in `Conditions`.
 
     Not for a timestep on a GPU: to look at it would mean to wait for the GPU.
     """
@@ -45,12 +45,12 @@ def following_round(
     is_on_gpu = isinstance(argument, torch.Tensor) and argument.device.type != "cpu"
     if step >= state.schedule.num_steps or argument is None or is_on_gpu or other_step_names(inputs.names):
         return None
-    later = _at(call, step)
+    later = at_step(call, step)
     timestep = _timestep(call, later, argument)
     if timestep is None:
         return None
     following = state.schedule.round_of(step)
-    conditions = Conditions(state.settings, later, inputs).for_round(following, state.known_arguments)
+    conditions = Conditions(state.settings, later, inputs, whole).for_round(following, state.known_arguments)
     if conditions is None:
         return None
     tensors = {
@@ -71,7 +71,8 @@ def following_round(
     return RoundCall(ahead, following, tensors)
 
 
-def _at(call: PlacedCall, step: int) -> PlacedCall:
+def at_step(call: PlacedCall, step: int) -> PlacedCall:
+    """The call of the same channel at another step."""
     position = call.position
     index = position.timestep_index + step - position.step
     return replace(call, position=replace(position, step=step, timestep_index=index))

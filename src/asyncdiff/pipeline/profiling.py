@@ -45,10 +45,14 @@ def profile_pipeline(
     recording: Recording,
     device: torch.device,
     threads: int | None,
+    whole: Inputs | None = None,
 ) -> Profile:
-    """Measure the first of the denoisers with `inputs`, and the pipeline in `pipe(**call)`."""
+    """Measure the first of the denoisers with `inputs`, and the pipeline in `pipe(**call)`.
+
+    `whole`: the inputs of the pipeline's own calls, where `inputs` is one part of their batch.
+    """
     modules = tuple(denoisers)
     blocks = profile_blocks(modules[0], inputs, recording, device, threads)
     with replaced_forward(modules[0], None), torch.no_grad():
-        output = modules[0](**inputs.rebuild())
+        output = modules[0](**(whole or inputs).rebuild())
     return Profile(blocks, time_driver(pipe, modules, call, output, device))

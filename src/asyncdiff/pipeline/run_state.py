@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+
+import torch
 
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
@@ -56,6 +59,19 @@ class ChannelState:
         covers = self.schedule.first_step <= position.step < self.schedule.num_steps
         return self.analysis is analysis and covers and position.first_step <= self.schedule.first_step
 
+    def copied(self) -> ChannelState:
+        """A copy to try something with; what is changed of it leaves this one alone."""
+        return replace(self, arguments=dict(self.arguments), course=copy.deepcopy(self.course))
+
+    def note_inputs(self, call: PlacedCall, inputs: Inputs) -> None:
+        """What a step is given; noted twice is noted once."""
+        argument = timestep_argument(inputs)
+        self.arguments[call.position.step] = (
+            argument.clone() if isinstance(argument, torch.Tensor) else argument
+        )
+        if self.schedule.continues_latents:
+            self.observe(call, inputs)
+
     def observe(self, call: PlacedCall, inputs: Inputs) -> None:
         """Note what the inputs are at the step of the call."""
         position, timesteps = call.position, timesteps_of(call.scheduler)
@@ -91,7 +107,13 @@ class ChannelState:
     def _reschedule(self, first_step: int) -> None:
         old = self.schedule
         self.schedule = schedule_for(
-            old.kind, self.analysis.wiring, self.settings, first_step, old.num_steps, self.in_order
+            old.kind,
+            self.analysis.wiring,
+            self.settings,
+            first_step,
+            old.num_steps,
+            self.in_order,
+            driver_computes=old.driver_computes,
         )
 
     @property
@@ -113,11 +135,15 @@ def schedule_for(
     first_step: int,
     num_steps: int,
     in_order: frozenset[int] = frozenset(),
+    *,
+    driver_computes: bool = True,
 ) -> Schedule:
     """The schedule of the steps `first_step` to `num_steps - 1`, of which `in_order` run in order as those of
     warm-up do."""
     crossings, fresh_crossings = wiring.crossings, wiring.fresh_crossings
-    return _schedule_for(kind, crossings, fresh_crossings, settings, first_step, num_steps, in_order)
+    return _schedule_for(
+        kind, crossings, fresh_crossings, settings, first_step, num_steps, in_order, driver_computes
+    )
 
 
 @lru_cache(maxsize=64)
@@ -129,6 +155,7 @@ def _schedule_for(
     first_step: int,
     num_steps: int,
     in_order: frozenset[int],
+    driver_computes: bool,
 ) -> Schedule:
     return build_schedule(
         kind=kind,
@@ -143,6 +170,7 @@ def _schedule_for(
         crossings=crossings,
         fresh_crossings=fresh_crossings,
         in_order_steps=in_order,
+        driver_computes=driver_computes,
     )
 
 
@@ -155,13 +183,15 @@ class Conditions:
     """Timesteps and scales for evaluations that are conditioned on another step than the call's own.
 
     Needed with time shift (the timestep of the step before), with stride > 1 and where latents are continued
-    (those of steps to come). `settings`: those of the channel.
+    (those of steps to come). `settings`: those of the channel. `whole`: the call's inputs, of which `inputs`
+    may be one part of the batch.
     """
 
-    def __init__(self, settings: Settings, call: PlacedCall, inputs: Inputs) -> None:
+    def __init__(self, settings: Settings, call: PlacedCall, inputs: Inputs, whole: Inputs) -> None:
         self._settings = settings
         self._call = call
         self._inputs = inputs
+        self._whole = whole
 
     def observe(self) -> None:
         """Learn from the call how the timestep argument follows from the noise scheduler's timestep."""
@@ -240,13 +270,15 @@ class Conditions:
             raise self._refusal("does not tell how it scales the denoiser's input at later steps")
         if own == other:
             return None
-        part = scaled_part(self._inputs.tensors()[self._inputs.latents], scaled_inputs_of(scheduler))
+        part = scaled_part(self._whole.tensors()[self._whole.latents], scaled_inputs_of(scheduler))
         if part is None:
             raise self._refusal(
                 "scales the denoiser's input by step, and what the denoiser was given is not what its "
                 "scale_model_input returned"
             )
-        return LatentsScale(other / own, *part)
+        dim, length = part
+        own_length = self._inputs.tensors()[self._inputs.latents].shape[dim]
+        return LatentsScale(other / own, dim, min(length, own_length))
 
     def _refusal(self, why: str) -> ConfigurationError:
         name = type(self._call.scheduler).__name__

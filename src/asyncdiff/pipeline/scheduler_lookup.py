@@ -19,6 +19,13 @@ def noise_scheduler_of(pipe: Any, denoiser_name: str) -> Any | None:
     return own if own is not None else getattr(pipe, "scheduler", None)
 
 
+def is_guided(pipe: Any) -> bool | None:
+    """Whether classifier-free guidance is on in the call that this pipeline is making; None where it does not
+    say."""
+    is_on = getattr(pipe, "do_classifier_free_guidance", None)
+    return None if is_on is None else bool(is_on)
+
+
 def calling_pipeline(denoiser: nn.Module, name: str) -> Any | None:
     """The nearest caller up the stack that is an object with this denoiser and a noise scheduler.
 

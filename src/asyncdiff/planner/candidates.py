@@ -59,23 +59,29 @@ class Objective:
 
 
 def list_candidates(
-    make_plan: Callable[[int, int], Plan], machine: Machine, num_steps: int, warmup_steps: Sequence[int]
+    make_plan: Callable[[int, int, int], Plan],
+    machine: Machine,
+    num_steps: int,
+    warmup_steps: Sequence[int],
 ) -> tuple[Candidate, ...]:
-    """Every number of stages and stride that takes at most the machine's devices, with each warm-up.
+    """Every number of stages and stride that takes at most the machine's devices, with each warm-up; of as
+    many devices first those in two groups that share the batch.
 
-    `make_plan(num_stages, stride)`: the best plan for the first `num_stages + stride - 1` devices, or
-    `ConfigurationError` where there is none (too few blocks), which leaves it out. The first candidate is the
-    whole denoiser on the first device, in order, which every other is compared with.
+    `make_plan(num_stages, stride, groups)`: the best plan for the first `groups * (num_stages + stride - 1)`
+    devices, or `ConfigurationError` where there is none (too few blocks, a batch that cannot be shared),
+    which leaves it out. The first candidate is the whole denoiser on the first device, in order, which every
+    other is compared with.
     """
-    in_order = make_plan(1, 1)
+    in_order = make_plan(1, 1, 1)
     in_order_s = _seconds(in_order, machine, num_steps)
     found = [_candidate(in_order, in_order_s, in_order_s, num_steps)]
-    for num_stages, stride in _divisions(len(machine.device_speeds), num_steps):
+    for num_stages, stride, groups in _divisions(len(machine.device_speeds), num_steps):
         try:
-            plan = make_plan(num_stages, stride)
+            plan = make_plan(num_stages, stride, groups)
         except ConfigurationError:
             continue
-        for number in warmup_steps:
+        # One stage with stride 1 is always in order.
+        for number in warmup_steps if plan.settings.group_size > 1 else warmup_steps[:1]:
             warmed = replace(plan, warmup_steps=number)
             total_s = _seconds(warmed, machine, num_steps)
             found.append(_candidate(warmed, total_s, in_order_s, num_steps))
@@ -94,12 +100,14 @@ def choose_candidate(candidates: Iterable[Candidate], objective: Objective) -> C
     return min(allowed, key=lambda each: (each.total_s, each.num_devices, each.plan.warmup_steps))
 
 
-def _divisions(num_devices: int, num_steps: int) -> list[tuple[int, int]]:
-    """(number of stages, stride) that take at least two devices: by devices, then most stages first."""
+def _divisions(num_devices: int, num_steps: int) -> list[tuple[int, int, int]]:
+    """(number of stages, stride, groups) that take at least two devices: by devices, then two groups first,
+    then most stages."""
     return [
-        (count - stride + 1, stride)
+        (count // groups - stride + 1, stride, groups)
         for count in range(2, num_devices + 1)
-        for stride in range(1, min(count, num_steps) + 1)
+        for groups in ((2, 1) if count % 2 == 0 else (1,))
+        for stride in range(1, min(count // groups, num_steps) + 1)
     ]
 
 
@@ -127,12 +135,13 @@ def _candidate(plan: Plan, total_s: float, in_order_s: float, num_steps: int) ->
 
 def bytes_per_step(plan: Plan) -> float:
     """What all devices send in a steady step: the states that cross, and the predictions that the driver does
-    not make itself (copy 0 of a nested split, or of a single stage, is the driver's)."""
+    not make itself (copy 0 of a nested split, or of a single stage, is the driver's in the first group)."""
     predictions = plan.predictions
     assert predictions is not None
     driver_predicts = plan.kind == "nested" or plan.num_stages == 1
-    sent = plan.stride - 1 if driver_predicts else plan.stride
-    return predictions.crossing_bytes_per_step + predictions.prediction_bytes * sent / plan.stride
+    sent = plan.groups * plan.stride - driver_predicts
+    crossing = plan.groups * predictions.crossing_bytes_per_step
+    return crossing + predictions.prediction_bytes * sent / plan.stride
 
 
 def _nothing_allowed(candidates: Sequence[Candidate], objective: Objective) -> str:

@@ -20,10 +20,11 @@ def describe(plan: Plan) -> str:
 def _heading(plan: Plan) -> str:
     shift = ", time shift" if plan.time_shift else ""
     more = f" or more (tolerance {plan.tolerance:g})" if plan.tolerance is not None else ""
+    groups = f", the batch shared by {plan.groups} groups" if plan.groups > 1 else ""
     return (
         f"{plan.kind} of {plan.num_stages}, stride {plan.stride}, {plan.warmup_steps} warm-up "
         f"step{'s' * (plan.warmup_steps != 1)}{more}, forecast {plan.forecast}, "
-        f"freshness {plan.freshness}{shift}"
+        f"freshness {plan.freshness}{shift}{groups}"
     )
 
 
@@ -43,8 +44,12 @@ def _devices(plan: Plan, stage: int) -> list[str]:
     if len(plan.devices) == 1:
         return list(plan.devices)
     replicated = 0 if plan.kind == "nested" else plan.num_stages - 1
-    copies = plan.devices[plan.num_stages :] if stage == replicated else ()
-    return [plan.devices[stage], *copies]
+    size = plan.settings.group_size
+    found: list[str] = []
+    for first in range(0, plan.num_workers, size):
+        group = plan.devices[first : first + size]
+        found += [group[stage], *(group[plan.num_stages :] if stage == replicated else ())]
+    return found
 
 
 def _share(amounts: tuple[float, ...], stage: int) -> str:

@@ -77,20 +77,34 @@ def stage_speeds(
     return (*given[:replicated], slowest, *given[replicated + 1 : num_stages])
 
 
-def check_speeds(num_stages: int, stride: int, speeds: Sequence[float] | None) -> tuple[float, ...]:
-    """The speed of each rank, 1.0 unless given; `ConfigurationError` for another number, or for what is no
+def slowest_of_groups(speeds: Sequence[float], groups: int) -> tuple[float, ...]:
+    """One speed per rank of a group, from those of the devices of all groups, which are divided alike and
+    wait for one another."""
+    size = len(speeds) // groups
+    return tuple(min(speeds[rank::size]) for rank in range(size))
+
+
+def check_speeds(
+    num_stages: int, stride: int, speeds: Sequence[float] | None, groups: int = 1
+) -> tuple[float, ...]:
+    """The speed of each device, 1.0 unless given; `ConfigurationError` for another number, or for what is no
     speed.
     """
     check_count("num_stages", num_stages)
     check_count("stride", stride)
-    num_workers = num_stages + stride - 1
+    num_workers = groups * (num_stages + stride - 1)
     given = (1.0,) * num_workers if speeds is None else tuple(speeds)
     if len(given) != num_workers or not all(map(_is_speed, given)):
         raise ConfigurationError(
             f"num_stages={num_stages} with stride={stride} needs {num_workers} positive device speeds "
-            f"(num_stages + stride - 1), but {list(given)} were given."
+            f"({_rule(groups)}), but {list(given)} were given."
         )
     return given
+
+
+def _rule(groups: int) -> str:
+    size = "num_stages + stride - 1"
+    return size if groups == 1 else f"{groups} groups of {size}"
 
 
 def _is_speed(value: object) -> bool:

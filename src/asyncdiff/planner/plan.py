@@ -13,7 +13,13 @@ from asyncdiff.planner.costs import estimate_driver_seconds, estimate_seconds
 from asyncdiff.planner.description import describe
 from asyncdiff.planner.freshness import FreshRead, fresh_reads, leads
 from asyncdiff.planner.names import atom_of, block_name, partition_by_names
-from asyncdiff.planner.partitioning import DEFAULT_IMBALANCE, partition_chain, partition_nested
+from asyncdiff.planner.partitioning import (
+    DEFAULT_IMBALANCE,
+    check_speeds,
+    partition_chain,
+    partition_nested,
+    slowest_of_groups,
+)
 from asyncdiff.planner.plan_file import fields_from_json, fields_to_json
 from asyncdiff.planner.predictions import Predictions, predict
 from asyncdiff.schedule.builder import KINDS
@@ -24,8 +30,9 @@ class Plan:
     """Everything that decides how a denoiser is divided; saved as JSON, edited by hand, passed back.
 
     `kind`: `"chain"` or `"nested"`. `stages`: per stage, the module names of its blocks (`partition_by_names`
-    says what a name covers). `devices`: one per rank (`num_stages + stride - 1`), or a single one that runs
-    all stages in turn. `fresh`: (leaf, reading segment) of what arrives in time to be read in the round
+    says what a name covers). `devices`: one per rank (`num_stages + stride - 1`), group after group where
+    `groups` of them share the batch of a call, each divided likewise; or a single one that runs everything in
+    turn. `fresh`: (leaf, reading segment) of what arrives in time to be read in the round
     that produces it; with freshness "paper" nothing. `tolerance` as in `Settings`. `threads_per_device`:
     intra-op threads of a CPU worker, None for whatever it has. `predictions`: None where nothing was
     predicted. Raises `ConfigurationError` for values that do not fit.
@@ -43,6 +50,7 @@ class Plan:
     tolerance: float | None = None
     threads_per_device: int | None = None
     predictions: Predictions | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,8 +60,8 @@ class Plan:
         if len(self.devices) not in (1, self.settings.num_workers):
             raise ConfigurationError(
                 f"A plan of {self.num_stages} stages with stride={self.stride} needs "
-                f"{self.settings.num_workers} devices (num_stages + stride - 1), or one that runs them all "
-                f"in turn, but it lists {len(self.devices)}."
+                f"{self.settings.num_workers} devices (num_stages + stride - 1{self._in_groups}), or one "
+                f"that runs them all in turn, but it lists {len(self.devices)}."
             )
         if self.fresh and self.freshness == "paper":
             raise ConfigurationError('A plan with freshness "paper" reads nothing fresh, but lists leaves.')
@@ -74,7 +82,12 @@ class Plan:
             self.forecast,
             self.freshness,
             self.tolerance,
+            self.groups,
         )
+
+    @property
+    def _in_groups(self) -> str:
+        return f" in each of {self.groups} groups" if self.groups > 1 else ""
 
     @property
     def num_workers(self) -> int:
@@ -134,8 +147,9 @@ def make_plan(
 ) -> Plan:
     """The plan for a graph on devices: the best partition of `kind`, or the one given, with its predictions.
 
-    `devices` as in `Plan`, `speeds`, `imbalance`, `max_weight_share` and `driver_seconds` as in
-    `partition_chain`; `dtype` of the weights and the kind of the first device choose the cost estimate where
+    `devices` as in `Plan`, `imbalance`, `max_weight_share` and `driver_seconds` as in `partition_chain`, and
+    `speeds` too, of all groups' devices; with groups, `graph` is that of a call with one group's part of the
+    batch. `dtype` of the weights and the kind of the first device choose the cost estimate where
     blocks have not been measured, and that of the driver's work where it is None.
     """
     device_kind = devices[0].split(":")[0] if devices else "cpu"
@@ -143,6 +157,10 @@ def make_plan(
     if driver_seconds is None:
         driver_seconds = estimate_driver_seconds(graph, device_kind, dtype)
     stride = settings.stride
+    all_speeds = speeds
+    if speeds is not None:
+        check_speeds(settings.num_stages, stride, speeds, settings.groups)
+        speeds = slowest_of_groups(speeds, settings.groups)
     if partition is None:
         if kind not in KINDS:
             raise ConfigurationError(f'kind must be "chain" or "nested", but {kind!r} was given.')
@@ -193,5 +211,6 @@ def make_plan(
         tolerance=settings.tolerance,
         fresh=tuple((str(read.atom), read.reader) for read in fresh),
         threads_per_device=threads_per_device,
-        predictions=predictions,
+        predictions=replace(predictions, speeds=None if all_speeds is None else tuple(all_speeds)),
+        groups=settings.groups,
     )

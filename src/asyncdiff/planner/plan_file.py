@@ -38,7 +38,8 @@ def fields_from_json(text: str) -> dict[str, Any]:
         "The plan",
         data,
         _PLAN,
-        required=_PLAN.keys() - {"threads_per_device", "predictions", "freshness", "fresh", "tolerance"},
+        required=_PLAN.keys()
+        - {"threads_per_device", "predictions", "freshness", "fresh", "tolerance", "groups"},
     )
 
 
@@ -127,4 +128,5 @@ _PLAN = {
     "fresh": _list_of(_tuple_of(_exactly(str), _exactly(int))),
     "threads_per_device": _optional(_exactly(int)),
     "predictions": _optional(_read_predictions),
+    "groups": _exactly(int),
 }

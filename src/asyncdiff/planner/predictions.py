@@ -14,6 +14,7 @@ from asyncdiff.planner.partitioning import stage_speeds
 @dataclass(frozen=True)
 class Predictions:
     """Figures of a partition on stated devices; seconds are as good as the block seconds they come from.
+    Where groups of devices share the batch of a call, they are those of one group, and of its part of it.
 
     `segment_seconds`: per segment, on a device of speed 1, glue counted with the first segment of each
     stage (as `simulate` wants them). `stage_seconds`: per stage, a round on its own (slowest) device, of
@@ -23,7 +24,7 @@ class Predictions:
     prediction and the denoiser's inputs not included. `crossing_bytes`: (producing segment, reading segment,
     bytes) of each.
     `prediction_bytes`: of one prediction. `parameter_bytes`: the weights each stage holds.
-    `driver_seconds`: the pipeline's own work per step; `speeds`: of each rank (None: all equal); both as
+    `driver_seconds`: the pipeline's own work per step; `speeds`: of each device (None: all equal); both as
     they were assumed. `latents_stages`: those that read what is new at every step, None where that is not
     known; the others can go ahead while the driver works. `fresh_leads`: (producing segment, reading segment,
     seconds) where leaves are read in the round that produces them: how much later the reader must start than

@@ -71,12 +71,13 @@ class JoinTransport:
 
 @dataclass(frozen=True)
 class InstallSkeleton:
-    """Rebuild the denoiser. `rank_stages[r]`: the stage of rank r. `keeps_weights`: tensors already held are
-    kept by name; else the driver has taken them back. `compile_blocks`: run the stage's blocks compiled."""
+    """Rebuild the denoiser. `rank_stages[r]`: the stage of rank r (the driver may have none).
+    `keeps_weights`: tensors already held are kept by name; else the driver has taken them back.
+    `compile_blocks`: run the stage's blocks compiled."""
 
     session: int
     skeleton: Any
-    rank_stages: tuple[int, ...]
+    rank_stages: tuple[int | None, ...]
     keeps_weights: bool
     compile_blocks: bool = False
 

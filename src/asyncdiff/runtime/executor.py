@@ -52,11 +52,11 @@ class Executor(Protocol):
         self,
         module: nn.Module,
         skeleton: Skeleton,
-        rank_stages: tuple[int, ...],
+        rank_stages: tuple[int | None, ...],
         held: Mapping[int, Collection[str]],
     ) -> None:
-        """Build the stages from the live module. Rank r runs stage `rank_stages[r]`; `held`: stage -> names
-        of the tensors it must hold."""
+        """Build the stages from the live module. Rank r runs stage `rank_stages[r]`, rank 0 perhaps none;
+        `held`: stage -> names of the tensors it must hold."""
 
     def prepare(
         self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()
@@ -70,6 +70,13 @@ class Executor(Protocol):
     def run_round(self, call: RoundCall) -> None:
         """Start a round; returns when this process's own part is done."""
 
+    def foretell(self, call: RoundCall) -> None:
+        """The round that will probably be run next, before its call: workers may begin with it. Nothing
+        depends on it being right but time."""
+
+    def abandon(self, run: int) -> None:
+        """The run cannot go on: what is left of its rounds is not computed, and more are refused."""
+
     def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
         """The tensor leaves of a prediction of a started round, waited for."""
 
@@ -78,6 +85,13 @@ class Executor(Protocol):
 
     def restore(self, module: nn.Module) -> list[str]:
         """Give the weights back to the live module; the names of those that are lost."""
+
+    def rescue(self, module: nn.Module, names: Collection[str]) -> list[str]:
+        """Give tensors that another group has lost to the live module; the names of those not held here."""
+
+    def release(self) -> None:
+        """Of a group whose driver holds no stage: weights may be changed from now on, and are those of the
+        live module when `install` is called again."""
 
     def close(self) -> None:
         """Let go of the stages. Safe to call twice."""

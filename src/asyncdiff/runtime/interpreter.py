@@ -39,11 +39,16 @@ class RoundTask:
 class StageInterpreter:
     """One rank: a stage replica and the states it has received from others.
 
-    `rank_stages[r]` is the stage of rank r.
+    `rank_stages[r]` is the stage of rank r; a driver may have none, and no `replica`.
     """
 
     def __init__(
-        self, rank: int, rank_stages: tuple[int, ...], replica: StageReplica, link: Link, device: torch.device
+        self,
+        rank: int,
+        rank_stages: tuple[int | None, ...],
+        replica: StageReplica | None,
+        link: Link,
+        device: torch.device,
     ) -> None:
         self.rank = rank
         self.stage = rank_stages[rank]
@@ -69,7 +74,8 @@ class StageInterpreter:
     def discard(self, key: int) -> None:
         """Forget an input structure, here and in the replica; nothing happens if it is not there."""
         self._wirings.pop(key, None)
-        self._replica.discard(key)
+        if self._replica is not None:
+            self._replica.discard(key)
 
     def run_round(self, task: RoundTask) -> None:
         """Carry out the rank's operations. After an exception `settle` must come before the next round."""
@@ -147,7 +153,7 @@ class StageInterpreter:
         """Every tensor this rank has to send in the round, in order."""
         for op in task.ops:
             if isinstance(op, Send):
-                for atom, spec in wiring.crossing[op.value.segment, self._rank_stages[op.to_rank]]:
+                for atom, spec in wiring.crossing[op.value.segment, _stage(self._rank_stages[op.to_rank])]:
                     yield (op.to_rank, _state_parcel(task, op.value, atom, op.to_rank)), spec
             elif isinstance(op, SendPrediction):
                 for leaf, spec in enumerate(_prediction_specs(task, wiring)):
@@ -163,7 +169,7 @@ class StageInterpreter:
     def _receive_state(self, task: RoundTask, wiring: Wiring, op: Recv) -> dict[Atom, Pending]:
         return {
             atom: self._link.receive(op.from_rank, _state_parcel(task, op.value, atom, self.rank), spec)
-            for atom, spec in wiring.crossing[op.value.segment, self.stage]
+            for atom, spec in wiring.crossing[op.value.segment, _stage(self.stage)]
         }
 
     def _receive_prediction(self, task: RoundTask, wiring: Wiring, op: Predict) -> list[Pending]:
@@ -179,6 +185,7 @@ class StageInterpreter:
     ) -> None:
         first = next(iter(computes.values()))
         self.where = (first.step, f"forward of stage {self.stage}")
+        assert self._replica is not None, "a rank without a stage computes nothing"
         recipients = _recipients(task.ops, computes)
         missed: list[torch.Tensor] = []
 
@@ -368,6 +375,11 @@ def _scaled(model_input: torch.Tensor, scale: LatentsScale) -> torch.Tensor:
     scaled = model_input.clone()
     scaled.narrow(scale.dim, 0, scale.length).mul_(scale.factor)
     return scaled
+
+
+def _stage(stage: int | None) -> int:
+    assert stage is not None, "nothing crosses to a rank without a stage"
+    return stage
 
 
 def _computed(output: list[torch.Tensor] | None) -> list[torch.Tensor]:

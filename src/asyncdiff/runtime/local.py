@@ -26,7 +26,7 @@ class LocalExecutor:
     def __init__(self, device: torch.device, *, compile_blocks: bool = False) -> None:
         self._device = device
         self._compile_blocks = compile_blocks
-        self._rank_stages: tuple[int, ...] = ()
+        self._rank_stages: tuple[int | None, ...] = ()
         self._interpreters: list[StageInterpreter] = []
         self._replicas: dict[int, StageReplica] = {}
         self._not_started: dict[int, RoundTask] = {}
@@ -38,7 +38,7 @@ class LocalExecutor:
         self,
         module: nn.Module,
         skeleton: Skeleton,
-        rank_stages: tuple[int, ...],
+        rank_stages: tuple[int | None, ...],
         held: Mapping[int, Collection[str]],
     ) -> None:
         """One replica per stage, over the live module's own tensors."""
@@ -48,11 +48,17 @@ class LocalExecutor:
             stage: StageReplica(
                 load_skeleton(skeleton, tensors), device=self._device, compile_blocks=self._compile_blocks
             )
-            for stage in sorted(set(self._rank_stages))
+            for stage in sorted(stage for stage in set(rank_stages) if stage is not None)
         }
         self._interpreters = [
-            StageInterpreter(rank, self._rank_stages, self._replicas[stage], _LocalLink(self), self._device)
-            for rank, stage in enumerate(self._rank_stages)
+            StageInterpreter(
+                rank,
+                rank_stages,
+                None if stage is None else self._replicas[stage],
+                _LocalLink(self),
+                self._device,
+            )
+            for rank, stage in enumerate(rank_stages)
         ]
 
     def prepare(
@@ -102,6 +108,12 @@ class LocalExecutor:
             self._expected[parcel] = pending
         return pending
 
+    def foretell(self, call: RoundCall) -> None:
+        """Rounds are run when they are called."""
+
+    def abandon(self, run: int) -> None:
+        self._aborted.add(run)
+
     def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
         return self._interpreters[0].prediction(run, channel, step)
 
@@ -110,6 +122,12 @@ class LocalExecutor:
 
     def restore(self, module: nn.Module) -> list[str]:
         return []
+
+    def rescue(self, module: nn.Module, names: Collection[str]) -> list[str]:
+        return list(names)
+
+    def release(self) -> None:
+        pass
 
     def close(self) -> None:
         self._interpreters, self._replicas = [], {}

@@ -22,11 +22,13 @@ _COMPARED_BYTES = 1024
 
 @dataclass(frozen=True)
 class Announcement:
-    """A round that some ranks have been told of. `expected`: the inputs they were given, with versions."""
+    """A round that some ranks have been told of. `expected`: the inputs they were given, with versions.
+    `may_wait`: to compare them, a device may be waited for, which has nothing else to do."""
 
     call: RoundCall
     ranks: frozenset[int]
     expected: Mapping[str, tuple[torch.Tensor, int]]
+    may_wait: bool = False
 
     def came_true(self, call: RoundCall) -> bool:
         """Whether the round that is called is the one that was announced, with the same inputs."""
@@ -34,14 +36,18 @@ class Announcement:
             call.round is self.call.round
             and _is_same_info(call.info, self.call.info)
             and all(
-                name in call.tensors and _is_same(*expected, call.tensors[name])
+                name in call.tensors and _is_same(*expected, call.tensors[name], self.may_wait)
                 for name, expected in self.expected.items()
             )
         )
 
 
 def announce(
-    call: RoundCall, needed: Mapping[int, Sequence[str]], rank_stages: Sequence[int]
+    call: RoundCall,
+    needed: Mapping[int, Sequence[str]],
+    rank_stages: Sequence[int | None],
+    *,
+    may_wait: bool = False,
 ) -> Announcement | None:
     """Which ranks can be told of a round of which only `call.tensors` is known; None where none can.
 
@@ -54,15 +60,22 @@ def announce(
         for rank, ops in enumerate(call.round.ops)
         if rank > 0
         and any(isinstance(op, Compute) for op in ops)
-        and all(name in call.tensors for name in needed[rank_stages[rank]])
+        and all(name in call.tensors for name in _needed_by(rank, needed, rank_stages))
     }
     while waiting := {rank for rank in ranks if not _waits_for(call.round.ops[rank]) <= ranks | {0}}:
         ranks -= waiting
     if not ranks:
         return None
-    names = {name for rank in ranks for name in needed[rank_stages[rank]]}
+    names = {name for rank in ranks for name in _needed_by(rank, needed, rank_stages)}
     expected = {name: (call.tensors[name], version_of(call.tensors[name])) for name in names}
-    return Announcement(call, frozenset(ranks), expected)
+    return Announcement(call, frozenset(ranks), expected, may_wait)
+
+
+def _needed_by(
+    rank: int, needed: Mapping[int, Sequence[str]], rank_stages: Sequence[int | None]
+) -> Sequence[str]:
+    stage = rank_stages[rank]
+    return () if stage is None else needed[stage]
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -89,20 +102,29 @@ def _is_same_condition(one: Condition, other: Condition) -> bool:
     return one.latents_scale == other.latents_scale and _is_equal(one.timestep, other.timestep)
 
 
-def _is_same(expected: torch.Tensor, version: int, tensor: torch.Tensor) -> bool:
-    """The same object, not written to since; or a small tensor with the same elements (a timestep)."""
+def _is_same(expected: torch.Tensor, version: int, tensor: torch.Tensor, may_wait: bool) -> bool:
+    """The same object, not written to since; or a tensor with the same elements, which where nobody may wait
+    is a small one (a timestep)."""
     if tensor is expected:
         return version_of(tensor) == version
+    if may_wait and version_of(expected) == version >= 0 and tensor.device == expected.device:
+        return _has_layout_of(tensor, expected) and torch.equal(tensor, expected)
     return _is_equal(tensor, expected)
+
+
+def _has_layout_of(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
 
 
 def _is_equal(one: Any, other: Any) -> bool:
     """Bitwise, for numbers and for tensors that can be looked at without waiting for a device."""
+    if one is other:
+        return True
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return type(one) is type(other) and bool(one == other)
     return (
         one.device.type == other.device.type == "cpu"
         and one.nbytes <= _COMPARED_BYTES
-        and (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+        and _has_layout_of(one, other)
         and torch.equal(one, other)
     )

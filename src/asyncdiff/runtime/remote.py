@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -91,8 +91,9 @@ class Workers(Protocol):
 
 
 class RemoteExecutor:
-    """Drives workers 1 to D-1 and is rank 0 itself. `devices[r]`, `threads[r]`: of rank r.
+    """Drives a group of workers and is its rank 0. `devices[r]`, `threads[r]`: of rank r in the group.
 
+    `members`: the workers' numbers among all that were started, those of ranks 1, 2 ...; None: 1, 2 ...
     `host`: the address under which other machines' workers reach the store here. `preload`: modules
     that the denoiser will need, which workers import until it comes (diffusers takes seconds). `unloaded`:
     weights that every process reads from the file itself, its own only.
@@ -104,15 +105,17 @@ class RemoteExecutor:
         devices: list[str],
         threads: list[int | None],
         *,
+        members: Sequence[int] | None = None,
         host: str = "127.0.0.1",
         preload: tuple[str, ...] = (),
         unloaded: Unloaded | None = None,
         compile_blocks: bool = False,
     ) -> None:
         self._workers = workers
+        self._numbers = (0, *(range(1, len(devices)) if members is None else members))
         self._compile_blocks = compile_blocks
         self._unloaded = unloaded
-        self._rank_stages: tuple[int, ...] = ()
+        self._rank_stages: tuple[int | None, ...] = ()
         self._devices = devices
         self._device = torch.device(devices[0])
         self._session = next(_session_numbers)
@@ -189,13 +192,13 @@ class RemoteExecutor:
         self._await_replies(numbers, "joining it in a transport")
 
     def _host_of(self, rank: int) -> str:
-        return "" if rank == 0 or self._workers.is_local else self._workers.connections[rank].host
+        return "" if rank == 0 or self._workers.is_local else self._connection(rank).host
 
     def install(
         self,
         module: nn.Module,
         skeleton: Skeleton,
-        rank_stages: tuple[int, ...],
+        rank_stages: tuple[int | None, ...],
         held: Mapping[int, Collection[str]],
     ) -> None:
         """Ship each stage its own tensors from the live module, then free in this process what is not ours.
@@ -215,7 +218,7 @@ class RemoteExecutor:
         self,
         module: nn.Module,
         skeleton: Skeleton,
-        rank_stages: tuple[int, ...],
+        rank_stages: tuple[int | None, ...],
         held: Mapping[int, Collection[str]],
     ) -> None:
         self._end_all_announced()  # before anything is forgotten that it needs
@@ -223,7 +226,7 @@ class RemoteExecutor:
         self._last_inputs.clear()
         self._rank_stages = rank_stages
         for rank, connection in self._connections():
-            connection.set_stage(self._session, rank_stages[rank])
+            connection.set_stage(self._session, self._stage_of(rank))
         message = InstallSkeleton(
             self._session,
             skeleton,
@@ -234,17 +237,22 @@ class RemoteExecutor:
         numbers = self._request({rank: message for rank, _ in self._connections()})
         self._await_replies(numbers, "waiting for it to rebuild the denoiser")
         self._ship(module, held)
-        self._held[0] = set(held[0])
+        if rank_stages[0] is not None:
+            self._keep_own(module, skeleton, held[rank_stages[0]])
+        assert self._transport is not None
+        self._interpreter = StageInterpreter(
+            0, self._rank_stages, self._replica, self._transport, self._device
+        )
+
+    def _keep_own(self, module: nn.Module, skeleton: Skeleton, names: Collection[str]) -> None:
+        """Of the live module only the tensors of this process's stage, which is made from them."""
+        self._held[0] = set(names)
         self._read_unloaded(module, self._held[0])
         own = {name: tensor for name, tensor in named_tensors(module) if name in self._held[0]}
         free_tensors(module, [name for name in skeleton.specs if name not in own])
         self._replica_module = load_skeleton(skeleton, own, self._device)
         self._replica = StageReplica(
             self._replica_module, device=self._device, compile_blocks=self._compile_blocks
-        )
-        assert self._transport is not None
-        self._interpreter = StageInterpreter(
-            0, self._rank_stages, self._replica, self._transport, self._device
         )
 
     def _ship(self, module: nn.Module, held: Mapping[int, Collection[str]]) -> None:
@@ -253,7 +261,7 @@ class RemoteExecutor:
         numbers = {}
         self._note_progress("shipping its weights")
         for rank, connection in self._connections():
-            wanted = set(held[self._rank_stages[rank]]) - self._held.get(rank, set())
+            wanted = set(held[self._stage_of(rank)]) - self._held.get(rank, set())
             from_file = wanted & self._unloaded.names if self._unloaded else set()
             names = [name for name in tensors if name in wanted - from_file]
             specs = tuple((name, tensor_spec(tensors[name])) for name in names)
@@ -278,16 +286,16 @@ class RemoteExecutor:
         self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()
     ) -> None:
         self._refuse_if_broken()
-        replica, interpreter = self._replica, self._interpreter
-        assert replica is not None
+        interpreter = self._interpreter
         assert interpreter is not None
         numbers = self._request(
             {
-                rank: PrepareStage(self._session, key, specs[self._rank_stages[rank]], wiring, discarded)
+                rank: PrepareStage(self._session, key, specs[self._stage_of(rank)], wiring, discarded)
                 for rank, _ in self._connections()
             }
         )
-        replica.prepare(key, specs[0])
+        if self._replica is not None:
+            self._replica.prepare(key, specs[self._stage_of(0)])
         interpreter.wire(key, wiring)
         self._needed[key] = {stage: tuple(spec.needed_inputs) for stage, spec in specs.items()}
         for old in discarded:
@@ -331,6 +339,20 @@ class RemoteExecutor:
             for run in runs:
                 self._forget(run)
 
+    def foretell(self, call: RoundCall) -> None:
+        run = call.info.run
+        self._refuse_if_broken(call.round.first_step)
+        with self._failing(run), interrupts_deferred():
+            self._end_all_announced()
+            if run not in self._aborted:
+                self._begin(run)
+                self._announce(call, may_wait=True)
+
+    def abandon(self, run: int) -> None:
+        with interrupts_deferred():
+            if run in self._runs:
+                self._abort(run)
+
     def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
         self._refuse_if_broken(step)
         assert self._interpreter is not None
@@ -358,7 +380,7 @@ class RemoteExecutor:
 
     def _dispatch(self, rank: int, connection: WorkerConnection, call: RoundCall) -> None:
         """One control message, then the inputs that do not fit in it."""
-        needed = self._needed[call.info.key][self._rank_stages[rank]]
+        needed = self._needed[call.info.key][self._stage_of(rank)]
         tensors = call.tensors_of(rank)
         items = tuple(self._input_items((rank, call.info.run, call.info.channel), tensors, needed))
         connection.send(
@@ -402,12 +424,12 @@ class RemoteExecutor:
 
     # -- the round after this one --
 
-    def _announce(self, call: RoundCall) -> None:
+    def _announce(self, call: RoundCall, *, may_wait: bool = False) -> None:
         """Tell the workers that can of the next round: they do their part of it while the noise scheduler is
-        at work here."""
+        at work here. `may_wait` as in `Announcement`."""
         if self._unforeseen[call.info.run] >= _MOST_UNFORESEEN:
             return
-        self._announcement = announce(call, self._needed[call.info.key], self._rank_stages)
+        self._announcement = announce(call, self._needed[call.info.key], self._rank_stages, may_wait=may_wait)
         if self._announcement is not None:
             for rank, connection in self._connections():
                 if rank in self._announcement.ranks:
@@ -445,10 +467,18 @@ class RemoteExecutor:
         self._end_announced_by_others()
 
     def _end_announced_by_others(self) -> None:
-        for executor in self._workers.users.executors:
-            if executor is not self:
-                with suppress(WorkerLostError, RuntimeError):  # its user is told when it asks for something
-                    executor._end_announced()
+        for executor in self._others():
+            with suppress(WorkerLostError, RuntimeError):  # its user is told when it asks for something
+                executor._end_announced()
+
+    def _others(self) -> list[RemoteExecutor]:
+        """Those that have workers in common with this one."""
+        own = set(self._numbers[1:])
+        return [
+            executor
+            for executor in self._workers.users.executors
+            if executor is not self and not own.isdisjoint(executor._numbers)
+        ]
 
     # -- what goes wrong --
 
@@ -480,24 +510,24 @@ class RemoteExecutor:
             time.sleep(0.02)
         assert self._interpreter is not None
         step, operation = self._interpreter.where
+        of_stage = "" if self._rank_stages[0] is None else f", stage {self._rank_stages[0]}"
         return WorkerError(
-            f"The driver (rank 0, stage 0) failed at step {step} in {operation}: "
+            f"The driver (rank 0{of_stage}) failed at step {step} in {operation}: "
             f"{type(error).__name__}: {error}",
             rank=0,
-            stage=0,
+            stage=self._rank_stages[0],
             step=step,
             operation=operation,
         )
 
     def _abort(self, run: int) -> None:
         """Tell the workers to compute nothing more for the run, and fill what this rank owes them."""
-        for rank, connection in self._connections():
+        for _, connection in self._connections():
             if not connection.is_gone:
                 try:
                     connection.send(AbortRun(self._session, run, transport_is_lost=self._broken is not None))
                 except WorkerLostError as error:
-                    self._lost.setdefault(rank, error)
-                    self._broken = self._broken or error
+                    self._note_loss(error)
         assert self._interpreter is not None
         self._interpreter.settle(self._lost)
         with suppress(WorkerLostError, RuntimeError):  # a transport that broke is given up as a whole
@@ -521,9 +551,8 @@ class RemoteExecutor:
     def _release_workers(self) -> None:
         """A worker that failed in what was left of another user's rounds, when nobody waited for them any
         more, waits for their run to be aborted, and what is asked of it now waits behind that."""
-        for executor in self._workers.users.executors:
-            if executor is not self:
-                executor._abort_failed_run()
+        for executor in self._others():
+            executor._abort_failed_run()
 
     def _abort_failed_run(self) -> None:
         for _, connection in self._connections():
@@ -538,7 +567,7 @@ class RemoteExecutor:
 
     def _note_loss(self, error: BaseException) -> None:
         if isinstance(error, WorkerLostError):
-            self._lost.setdefault(error.rank, error)
+            self._lost.setdefault(self._numbers.index(error.rank), error)
             self._broken = self._broken or error
 
     def _refuse_if_broken(self, step: int | None = None) -> None:
@@ -559,15 +588,15 @@ class RemoteExecutor:
     def reports(self, run: int | None) -> list[WorkerReport]:
         self._refuse_if_broken()
         assert self._interpreter is not None
-        assert self._replica_module is not None
         numbers = self._request({rank: Collect(self._session, run) for rank, _ in self._connections()})
-        own = process_report(self._interpreter.take_records(run), resident_bytes(self._replica_module))
+        weight_bytes = 0 if self._replica_module is None else resident_bytes(self._replica_module)
+        own = process_report(self._interpreter.take_records(run), weight_bytes)
         answers = self._await_replies(numbers, "waiting for its report")
         if self._workers.is_local:  # one clock for all processes of a host
             return [own, *answers.values()]
         return [
             own,
-            *(_at_our_clock(report, self._workers.connections[rank]) for rank, report in answers.items()),
+            *(_at_our_clock(report, self._connection(rank)) for rank, report in answers.items()),
         ]
 
     def restore(self, module: nn.Module) -> list[str]:
@@ -580,20 +609,43 @@ class RemoteExecutor:
             return []
         missing = {name for name, _ in named_tensors(module) if name not in self._held[0]}
         with interrupts_deferred():  # a second call could not fetch what the first one left behind
-            with suppress(WorkerLostError, RuntimeError):
-                self._end_announced()
-            self._end_announced_by_others()
-            for run in tuple(self._runs):
-                self._forget(run)  # a worker that fails in what is left of it still holds its weights
-            for rank, connection in self._connections():
-                if missing:
-                    missing -= self._fetch(rank, connection, module, missing & self._held.get(rank, set()))
+            self._end_all_runs()
+            missing = self._fetch_from_all(module, missing)
             lost = self._read_from_file(module, missing)
             if not lost:
                 self._held.clear()
                 self._checksums.clear()
                 self._unloaded = None
             return lost
+
+    def rescue(self, module: nn.Module, names: Collection[str]) -> list[str]:
+        with interrupts_deferred():
+            self._end_all_runs()
+            return sorted(self._fetch_from_all(module, set(names)))
+
+    def release(self) -> None:
+        with interrupts_deferred():
+            self._end_all_runs()
+            self._held.clear()
+            self._checksums.clear()
+            self._unloaded = None
+
+    def _end_all_runs(self) -> None:
+        """A worker that fails in what is left of them still holds its weights."""
+        with suppress(WorkerLostError, RuntimeError):
+            self._end_announced()
+        self._end_announced_by_others()
+        for run in tuple(self._runs):
+            self._forget(run)
+
+    def _fetch_from_all(self, module: nn.Module, missing: set[str]) -> set[str]:
+        """Those of the names that no worker had."""
+        for rank, connection in self._connections():
+            if missing:
+                missing = missing - self._fetch(
+                    rank, connection, module, missing & self._held.get(rank, set())
+                )
+        return missing
 
     def _fetch(
         self, rank: int, connection: WorkerConnection, module: nn.Module, names: Collection[str]
@@ -627,9 +679,9 @@ class RemoteExecutor:
         if self._lost.keys().isdisjoint(self._members):
             return
         for rank in self._lost:
-            if rank in self._members and not self._workers.connections[rank].is_gone:
-                self._workers.kill(rank)
-                self._workers.connections[rank].close()
+            if rank in self._members and not self._connection(rank).is_gone:
+                self._workers.kill(self._numbers[rank])
+                self._connection(rank).close()
         survivors = tuple(rank for rank, _ in self._connections() if rank not in self._lost)
         self._members = (0,)
         if survivors:
@@ -668,20 +720,31 @@ class RemoteExecutor:
     # -- talking to all workers --
 
     def _connections(self) -> list[tuple[int, WorkerConnection]]:
-        connections = self._workers.connections
-        return [(rank, connections[rank]) for rank in range(1, len(self._devices)) if rank in connections]
+        return [
+            (rank, self._connection(rank))
+            for rank, number in enumerate(self._numbers)
+            if number in self._workers.connections
+        ]
+
+    def _connection(self, rank: int) -> WorkerConnection:
+        return self._workers.connections[self._numbers[rank]]
+
+    def _stage_of(self, rank: int) -> int:
+        stage = self._rank_stages[rank]
+        assert stage is not None, "only the driver may hold no stage"
+        return stage
 
     def _request(self, messages: Mapping[int, object]) -> dict[int, int]:
         """Send each rank its message; the numbers of the requests."""
         self._end_all_announced()
-        connections = self._workers.connections
-        return {rank: connections[rank].request(self._session, message) for rank, message in messages.items()}
+        return {
+            rank: self._connection(rank).request(self._session, message) for rank, message in messages.items()
+        }
 
     def _await_replies(self, numbers: Mapping[int, int], operation: str) -> dict[int, Any]:
         """The answers to the requests, by rank."""
-        connections = self._workers.connections
         return {
-            rank: connections[rank].reply(
+            rank: self._connection(rank).reply(
                 self._session, number, Doing(operation), meanwhile=self._release_workers
             )
             for rank, number in numbers.items()

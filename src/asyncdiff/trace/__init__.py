@@ -10,6 +10,7 @@ from asyncdiff.trace.inputs import Inputs, InputsSpec, flatten_inputs
 from asyncdiff.trace.opening import call_costs, find_blocks, reown
 from asyncdiff.trace.recorder import record
 from asyncdiff.trace.recording import Recording
+from asyncdiff.trace.torch_private import quiet_failures_of_fake_tensors
 
 __all__ = [
     "CallCost",
@@ -20,6 +21,7 @@ __all__ = [
     "find_blocks",
     "flatten_inputs",
     "paths_below",
+    "quiet_failures_of_fake_tensors",
     "record",
     "reown",
 ]

@@ -126,7 +126,7 @@ def _record(
         )
     return Recording(
         calls=tuple(tape.calls), ops=tuple(tape.ops),
-        makers=tuple(tape.makers), storages=tuple(tape.storages),
+        makers=tuple(tape.makers), storages=tuple(tape.storages), num_elements=tuple(tape.num_elements),
         input_of=tape.input_of, tensor_of=tape.tensor_of, tensors=tuple(tape.tensors),
         inputs=inputs.spec(), latents=_latents(inputs), mode=mode, kept=kept,
     )  # fmt: skip

@@ -8,7 +8,7 @@ and are two values. No torch here but in the structures (pytree specs) of output
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -101,9 +101,10 @@ class ModelTensor:
 class Recording:
     """One forward of one denoiser with one structure of inputs. `calls[0]` is the denoiser itself.
 
-    Per value: `makers` (index of the operation, -1 for what was there before), `storages` (an index that two
-    values share if they alias), `input_of` and `tensor_of` (name of the denoiser input; position in
-    `tensors`). `mode`: `"fake"`, `"mixed"`, `"hollow"` or `"real"`, the tensors it was made with (`record`).
+    Per value: `makers` (index of the operation, -1 for what was there before), `num_elements`, `storages` (an
+    index that two values share if they alias), `input_of` and `tensor_of` (name of the denoiser input;
+    position in `tensors`). `mode`: `"fake"`, `"mixed"`, `"hollow"` or `"real"`, the tensors it was made with
+    (`record`).
     `kept`: (module path, attribute, value) of tensors that the forward left on modules.
     """
 
@@ -111,6 +112,7 @@ class Recording:
     ops: tuple[Op, ...]
     makers: tuple[int, ...]
     storages: tuple[int, ...]
+    num_elements: tuple[int, ...]
     input_of: Mapping[int, str]
     tensor_of: Mapping[int, int]
     tensors: tuple[ModelTensor, ...]
@@ -155,7 +157,11 @@ class Recording:
     @cached_property
     def depends_on_latents(self) -> tuple[bool, ...]:
         """Per value: whether the latents flow into it."""
-        tainted = [self.input_of.get(value) in self.latents for value in range(len(self.makers))]
+        return self.depends_on(self.latents)
+
+    def depends_on(self, inputs: Collection[str]) -> tuple[bool, ...]:
+        """Per value: whether any of these denoiser inputs flows into it."""
+        tainted = [self.input_of.get(value) in inputs for value in range(len(self.makers))]
         for op in self.ops:
             reads_latents = any(tainted[value] for value in op.reads)
             for value in op.writes:

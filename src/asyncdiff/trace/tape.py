@@ -82,6 +82,7 @@ class Tape:
         self.calls: list[Call] = []
         self.makers: list[int] = []
         self.storages: list[int] = []
+        self.num_elements: list[int] = []
         self.input_of: dict[int, str] = {}
         self.tensor_of: dict[int, int] = {}
         self.tensors: list[ModelTensor] = []
@@ -200,6 +201,7 @@ class Tape:
     def _new_value(self, tensor: torch.Tensor, maker: int) -> int:
         value = len(self.makers)
         self.makers.append(maker)
+        self.num_elements.append(tensor.numel())
         reference = weakref.ref(tensor)
         self._current[id(tensor)] = (reference, value)
         self.storages.append(self._join_storage(tensor, reference))

@@ -6,6 +6,7 @@ Holds for torch 2.13; `tests/trace/test_torch_private.py` says with which versio
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,12 +26,24 @@ __all__ = [
     "eager_flex_attention",
     "flops_of",
     "key_path_name",
+    "quiet_failures_of_fake_tensors",
     "storage_key",
     "tree_flatten",
     "tree_flatten_named",
     "tree_unflatten",
     "unset_fake_temporarily",
 ]
+
+
+@contextlib.contextmanager
+def quiet_failures_of_fake_tensors() -> Iterator[None]:
+    """An operation whose shapes do not fit raises all the same, but is not logged as an error."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class Structure:

@@ -28,19 +28,19 @@ def parallelize(pipe: object, **options: object) -> asyncdiff.Handle:
 
 
 dtypes = (torch.float32,) if "own-group" in sys.argv else (torch.float32, torch.bfloat16)
-for stride, kind, forecast, dtype in itertools.product(
-    (1, 2), ("chain", "nested"), ("latents", "none"), dtypes
-):
-    num_stages = world_size - stride + 1
-    if num_stages == 1 and kind == "nested":
-        continue
-    options = {
-        "num_stages": num_stages,
+together = [
+    {
+        "num_stages": world_size - stride + 1,
         "stride": stride,
         "partition": kind,
         "forecast": forecast,
         "warmup_steps": 2,
     }
+    for stride, kind, forecast in itertools.product((1, 2), ("chain", "nested"), ("latents", "none"))
+    if world_size > stride or kind == "chain"
+]
+split = [{"num_stages": world_size // 2, "guidance": "split", "warmup_steps": 2}] * (world_size % 2 == 0)
+for options, dtype in itertools.product(together + split, dtypes):
     pipe = tiny_pipeline(dtype=dtype)
     if rank == 0:
         with asyncdiff.parallelize(pipe, runtime="local", **options):

@@ -14,7 +14,7 @@ plain = generate(pipe)
 
 
 def serve() -> None:
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], warmup_steps=9):
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], guidance="together", warmup_steps=9):
         print("equal" if torch.equal(generate(pipe), plain) else "different", flush=True)
 
 

@@ -34,10 +34,10 @@ Checkpoint.read = counted  # type: ignore[method-assign]
 pipe, left = None, 0
 try:
     if way == "folder":
-        pipe = asyncdiff.from_pretrained(folder, ["cpu", "cpu"], **absent)
+        pipe = asyncdiff.from_pretrained(folder, ["cpu", "cpu"], guidance="together", **absent)
     else:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
-        asyncdiff.parallelize(pipe, ["cpu", "cpu"])
+        asyncdiff.parallelize(pipe, ["cpu", "cpu"], guidance="together")
     assert generate(pipe).isfinite().all()
     assert rank == 0, "a worker went on"
 finally:

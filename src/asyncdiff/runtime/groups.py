@@ -1,0 +1,102 @@
+"""Groups of devices, each of which has the whole denoiser divided among its workers.
+
+The driver holds stage 0 of the first group; of the others it only takes predictions. Each group has an
+executor, with ranks, states and transport of its own, so that nothing in a group depends on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from asyncdiff.graph.wiring import Wiring
+from asyncdiff.protocol.messages import WorkerReport
+from asyncdiff.runtime.executor import Executor, RoundCall
+from asyncdiff.stage import StageSpec
+from asyncdiff.weights import Skeleton
+
+
+class Groups:
+    """One executor per group. What is asked of all is asked of each in turn."""
+
+    def __init__(self, executors: Sequence[Executor]) -> None:
+        self.executors = tuple(executors)
+
+    @property
+    def first(self) -> Executor:
+        """The group that the driver computes in."""
+        return self.executors[0]
+
+    def install(
+        self,
+        module: nn.Module,
+        skeleton: Skeleton,
+        rank_stages: tuple[int, ...],
+        held: Mapping[int, Collection[str]],
+    ) -> None:
+        """As `Executor.install`; `rank_stages`: of the first group."""
+        for executor in self.executors[1:]:
+            executor.install(module, skeleton, (None, *rank_stages), held)
+        self.first.install(module, skeleton, rank_stages, held)  # the last, because it frees what it ships
+
+    def prepare(
+        self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()
+    ) -> None:
+        for executor in self.executors:
+            executor.prepare(key, specs, wiring, discarded)
+
+    def end_runs(self, runs: tuple[int, ...]) -> None:
+        for executor in self.executors:
+            executor.end_runs(runs)
+
+    def run_rounds(self, run: int, calls: Mapping[int, RoundCall]) -> None:
+        """Start a round in each of these groups; returns when this process's own part is done."""
+        try:
+            for group in sorted(calls, reverse=True):  # the others compute while this process does
+                self.executors[group].run_round(calls[group])
+        except BaseException:
+            self._abandon(run)
+            raise
+
+    def foretell(self, group: int, call: RoundCall) -> None:
+        """As `Executor.foretell`, of one group."""
+        self.executors[group].foretell(call)
+
+    def predictions(self, run: int, channels: Mapping[int, Hashable], step: int) -> list[list[torch.Tensor]]:
+        """The tensor leaves of a prediction of a started round of each channel, waited for.
+
+        `channels`: one of each of these groups.
+        """
+        try:
+            return [
+                self.executors[group].prediction(run, channel, step) for group, channel in channels.items()
+            ]
+        except BaseException:
+            self._abandon(run)
+            raise
+
+    def _abandon(self, run: int) -> None:
+        """A run that one group cannot go on with is over in all."""
+        for executor in self.executors:
+            executor.abandon(run)
+
+    def reports(self, run: int | None) -> list[WorkerReport]:
+        """Per rank of all groups, the driver once."""
+        first, *others = (executor.reports(run) for executor in self.executors)
+        return [*first, *(report for reports in others for report in reports[1:])]
+
+    def restore(self, module: nn.Module) -> list[str]:
+        """As `Executor.restore`; what a group has lost, another still has."""
+        lost = self.first.restore(module)
+        for executor in self.executors[1:]:
+            if lost:
+                lost = executor.rescue(module, lost)
+        for executor in self.executors[1:]:
+            executor.release()
+        return lost
+
+    def close(self) -> None:
+        for executor in reversed(self.executors):
+            executor.close()
