@@ -31,6 +31,21 @@ def test_step_sends_what_the_graph_says_and_divides_the_weights(monkeypatch):
 
 @pytest.mark.wide
 @pytest.mark.timeout(300)
+def test_step_of_two_groups_sends_one_half_of_a_prediction(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    result = run_step(
+        arch="demo", size=64, dtype="float32", devices=["cpu", "cpu"], num_stages=1, guidance="split", runs=1,
+        steps=3,
+    )  # fmt: skip
+    values = json.loads(json.dumps(result.to_json()))
+    assert values["groups"] == 2
+    assert values["bytes_per_step"] == values["expected_bytes_per_step"] > 0
+    assert values["weight_share"] == [1, 1]
+    assert values["ceiling"] > 0
+
+
+@pytest.mark.wide
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("model", DEMO_MODELS)
 def test_demo_in_order_throughout_is_the_same_picture(model):
     result = run_demo(["cpu", "cpu"], model=model, num_stages=2, warmup_steps=4, steps=4, runs=1)

@@ -85,7 +85,7 @@ def test_demo_model_is_cut_where_parallelize_cuts_it(
     model = tmp_path / "model"
     model.symlink_to(DEMO_MODEL)
     code, verdict = verdict_on(model)
-    plan = asyncdiff.plan(load_demo_pipeline(), ["cpu", "cpu"])
+    plan = asyncdiff.plan(load_demo_pipeline(), ["cpu", "cpu"], guidance="together")
     assert plan.predictions is not None
     assert code == 0
     assert verdict["from_configs"]

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -48,7 +49,8 @@ def in_order(seed: int, steps: int) -> Image.Image:
 def test_generates_compares_and_traces(tmp_path: Path) -> None:
     # With as many warm-up steps as steps, two processes make bitwise what one makes (tests: one thread each).
     done = generate(
-        tmp_path, "--steps 5 --warmup-steps 5 --seed 1 -n 2 --compare --trace run.json -o out.png"
+        tmp_path,
+        "--steps 5 --warmup-steps 5 --seed 1 -n 2 --compare --trace run.json --guidance together -o out.png",
     )
     assert done.returncode == 0, done.stderr
     written = ["out-1.png", "out-2.png", "out-compare.png", "run.json"]
@@ -62,6 +64,16 @@ def test_generates_compares_and_traces(tmp_path: Path) -> None:
     assert "speed-up" in done.stdout
     assert "Traceback" not in done.stderr
     assert done.stderr.count("Warning: ") == 1, done.stderr  # a run too short to gain says so, once
+
+
+def test_guidance_is_split_by_default(tmp_path: Path) -> None:
+    """Which differs from one device in last bits only, and has no warm-up to be too short for."""
+    done = generate(tmp_path, "--steps 5 --seed 1 --compare -o out.png")
+    assert done.returncode == 0, done.stderr
+    assert "groups for guidance: 2, stages: 1 each" in " ".join(done.stdout.split())
+    made, expected = (np.asarray(each, int) for each in (Image.open(tmp_path / "out.png"), in_order(1, 5)))
+    assert np.abs(made - expected).max() <= 1
+    assert "Warning" not in done.stderr
 
 
 def test_a_tolerance_that_nothing_keeps_runs_in_order(tmp_path: Path) -> None:

@@ -32,7 +32,10 @@ def chosen(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def named(found: dict[str, Any]) -> dict[tuple[int, int, int], dict[str, Any]]:
-    return {(c["num_stages"], c["stride"], c["warmup_steps"]): c for c in found["candidates"]}
+    """Those of one group."""
+    return {
+        (c["num_stages"], c["stride"], c["warmup_steps"]): c for c in found["candidates"] if c["groups"] == 1
+    }
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,32 @@ def test_fastest_is_chosen(three_devices: dict[str, Any]) -> None:
 def test_staleness_limit_is_kept(tmp_path: Path) -> None:
     found = planned(tmp_path, *DEMO, "--max-staleness", "0")
     assert chosen(found)["staleness"] == 0
-    assert len(chosen(found)["devices"]) == 1
+    assert (chosen(found)["groups"], chosen(found)["num_stages"]) == (2, 1)
+
+
+def test_two_groups_are_listed_first_and_take_what_half_a_batch_takes(tmp_path: Path) -> None:
+    found = planned(tmp_path, *DEMO, "--latency-us", "0", "--bandwidth-gbs", "1e9", "--steps", "30")
+    in_order, shared, *others = found["candidates"]
+    assert (shared["groups"], shared["num_stages"], shared["staleness"]) == (2, 1, 0)
+    assert all(each["groups"] == 1 for each in others)
+    assert 1.2 < shared["speedup"] <= 2.0, "weights are read for half a batch too"
+    assert shared["weight_bytes"] == in_order["weight_bytes"]
+    assert shared["bytes_per_step"] == 4 * 4 * 8 * 8, "one half of a prediction, in float32"
+
+
+def test_seconds_of_half_a_batch_are_half_unless_given(tmp_path: Path) -> None:
+    others = [*(f"{name}_blocks.{i}" for name in ("down", "up") for i in range(3)), "mid_block", "conv_out"]
+    block_ms = dict.fromkeys(["conv_in", *others], 1.0)
+    options = ["--latency-us", "0", "--bandwidth-gbs", "1e9", "--steps", "30"]
+    for part_ms, half in ((None, 0.5), (dict.fromkeys(block_ms, 0.8), 0.8)):
+        times = {"block_ms": block_ms, "driver_ms": 0.0}
+        (tmp_path / "times.json").write_text(
+            json.dumps(times if part_ms is None else times | {"part_block_ms": part_ms})
+        )
+        found = planned(tmp_path, *DEMO, "--times", str(tmp_path / "times.json"), *options)
+        in_order, shared, *_ = found["candidates"]
+        assert shared["total_s"] == pytest.approx(half * in_order["total_s"], rel=0.02)
+        assert ("half of it for half a batch" in found["times"]) == (part_ms is None)
 
 
 def test_memory_limit_is_kept_by_another_cut_if_need_be(
@@ -129,7 +157,7 @@ def test_measured_times_are_written_and_taken_again(tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     measured = planned(tmp_path, *DEMO, "--profile", "--machine", "nvlink", "--steps", "20")
     assert measured["driver_ms"] > 0
-    assert measured["block_ms"]
+    assert measured["block_ms"].keys() == measured["part_block_ms"].keys()
     again = planned(
         tmp_path / "again", *DEMO, "--times", str(tmp_path / "predicted.json"), "--machine", "nvlink",
         "--steps", "20",
@@ -185,6 +213,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--times", "missing.json"], "--times missing.json"),
     (["--times", "list.json"], "block names and milliseconds"),
     (["--times", "words.json"], "block names and milliseconds"),
+    (["--times", "parts.json"], "part_block_ms must be"),
     (["--times", "unknown.json", "--arch", "demo", "--devices", "cpu,cpu"], "Perhaps conv_in"),
     (["--warmup-steps", "0"], "--warmup-steps 0"),
     (["--warmup-steps", "1,,3"], "--warmup-steps 1,,3"),
@@ -204,6 +233,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "unknown.json").write_text('{"conv_inn": 1.0}')
     (tmp_path / "list.json").write_text("[1.0]")
     (tmp_path / "words.json").write_text('{"conv_in": "1 ms"}')
+    (tmp_path / "parts.json").write_text(
+        '{"block_ms": {"conv_in": 1.0}, "part_block_ms": {"conv_in": "1 ms"}}'
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ASYNCDIFF_DEBUG", raising=False)
     return tmp_path

@@ -24,7 +24,8 @@ from asyncdiff.bench.steady import expected_bytes_per_step, median_ms_per_step, 
 from asyncdiff.bench.timed_run import TimedRun
 from asyncdiff.bench.whole_model import WholeModelProcess, measure_together
 from asyncdiff.bench.workload import Subject, Workload, denoiser_bytes, load, run_timed
-from asyncdiff.config import Settings
+from asyncdiff.config import Settings, settle_groups
+from asyncdiff.errors import ConfigurationError
 from asyncdiff.pipeline import Handle, Plan, parallelize, plan
 
 _WARMUP_STEPS = 1
@@ -33,7 +34,8 @@ _IDLE_S = 2.0
 
 @dataclass
 class Samples:
-    """Seconds per step, one list per run. `together`: of processes that all run the whole forward at once."""
+    """Seconds per step, one list per run. `together`: of processes that all run the forward at once, with a
+    group's part of the batch."""
 
     in_order: list[list[float]] = field(default_factory=list)
     asynchronous: list[list[float]] = field(default_factory=list)
@@ -68,10 +70,10 @@ class StartUp:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`ceiling`: speed-up of as many processes as devices, each running the whole forward at the same
-    time; `all_threads_ratio`: of one process with all those threads. `bytes_per_step`: sent by all
-    devices in a steady step; `expected_bytes_per_step`: what the graph says. Spreads are (lowest,
-    highest).
+    """`ceiling`: speed-up of as many processes as devices, each running the whole forward at the same time,
+    where `groups` share the batch with one group's part of it; `all_threads_ratio`: of one process with
+    all those threads. `bytes_per_step`: sent by all devices in a steady step; `expected_bytes_per_step`:
+    what the graph says. Spreads are (lowest, highest).
     """
 
     arch: str
@@ -83,6 +85,7 @@ class StepResult:
     stride: int
     forecast: str
     freshness: str
+    groups: int
     runs: int
     steps: int
     ms_per_step_in_order: float
@@ -126,7 +129,7 @@ class StepResult:
             (
                 "ceiling of this machine",
                 f"{self.ceiling:.3f}",
-                f"{threads} processes, each the whole forward, at once",
+                f"{threads} processes, each the whole forward{self._of_part}, at once",
             ),
             (
                 f"one process, {threads} threads",
@@ -161,6 +164,10 @@ class StepResult:
             ("idle workers", _list(self.idle_cpu_percent) + " % CPU", f"over {_IDLE_S:.0f} s"),
         ]
 
+    @property
+    def _of_part(self) -> str:
+        return f" of 1/{self.groups} of the batch" if self.groups > 1 else ""
+
 
 def run_step(
     *,
@@ -172,6 +179,7 @@ def run_step(
     stride: int = 1,
     forecast: str = "latents",
     freshness: str = "auto",
+    guidance: str = "together",
     time_shift: bool = False,
     runs: int = 3,
     steps: int = 8,
@@ -179,19 +187,30 @@ def run_step(
 ) -> StepResult:
     """Measure; `steps` timed steps in each of `runs` runs of every kind, interleaved.
 
-    On CPU devices every process has one core.
+    `num_stages`: of each group, of which there are as many as `guidance` makes of the devices. On CPU devices
+    every process has one core.
     """
-    architecture_named(arch)  # before any process is started
+    architecture = architecture_named(arch)  # before any process is started
     workload = Workload(arch, None, size, dtype)
-    settings = Settings(num_stages, stride, _WARMUP_STEPS, time_shift, forecast, freshness)
+    groups = settle_groups(len(devices), num_stages, stride, guidance)
+    settings = Settings(num_stages, stride, _WARMUP_STEPS, time_shift, forecast, freshness, groups=groups)
+    if architecture.batch % groups:
+        raise ConfigurationError(
+            f"{arch} is called with a batch of {architecture.batch}: no guidance to split."
+        )
+    part = replace(workload, batch=architecture.batch // groups)
     start_up = StartUp()
     with ExitStack() as stack:
         progress("Building the denoisers", 0, 0)
-        wholes = [stack.enter_context(WholeModelProcess(workload, device)) for device in devices]
+        whole = stack.enter_context(WholeModelProcess(workload, devices[0]))
+        rivals = [
+            stack.enter_context(WholeModelProcess(part, device))
+            for device in (devices if groups > 1 else devices[1:])
+        ]
         subject = load(workload, devices[0])
         whole_bytes = denoiser_bytes(subject)
-        for whole in wholes:
-            whole.wait_ready()
+        for each in (whole, *rivals):
+            each.wait_ready()
         progress("Timing the blocks", 0, 0)
         chosen = _profiled_plan(subject, devices, settings)
         progress("Starting the workers", 0, 0)
@@ -201,7 +220,9 @@ def run_step(
         progress("First run", 0, 0)
         start_up.first_run_s = run_timed(subject, steps + _WARMUP_STEPS).seconds
         start_up.second_run_s = run_timed(subject, steps + _WARMUP_STEPS).seconds
-        samples, last_run = _measure(subject, wholes, stride, steps, runs, progress)
+        if groups == 1:
+            rivals.insert(0, whole)
+        samples, last_run = _measure(subject, whole, rivals, settings, steps, runs, progress)
         report = handle.last_run
         progress("Watching idle workers", 0, 0)
         idle = _idle_cpu(handle)
@@ -219,17 +240,18 @@ def run_step(
         stride=stride,
         forecast=forecast,
         freshness=freshness,
+        groups=groups,
         runs=runs,
         steps=steps,
         ms_per_step_in_order=samples.median_ms("in_order"),
         ms_per_step=samples.median_ms("asynchronous"),
         ratio=samples.median_ms("in_order") / samples.median_ms("asynchronous"),
-        ceiling=len(devices) * samples.median_ms("in_order") / samples.median_ms("together"),
+        ceiling=settings.group_size * samples.median_ms("in_order") / samples.median_ms("together"),
         all_threads_ratio=samples.median_ms("in_order") / samples.median_ms("all_threads"),
         ms_in_order_spread=samples.spread_ms("in_order"),
         ms_spread=samples.spread_ms("asynchronous"),
         ratio_per_run=samples.speedup_per_run("asynchronous"),
-        ceiling_per_run=samples.speedup_per_run("together", len(devices)),
+        ceiling_per_run=samples.speedup_per_run("together", settings.group_size),
         bytes_per_step=round(sum(each.bytes_sent for each in steady) / (stride * len(steady))),
         expected_bytes_per_step=round(expected_bytes_per_step(chosen)),
         weight_share=tuple(held / whole_bytes for held in report.weight_bytes),
@@ -257,6 +279,7 @@ def _profiled_plan(subject: Subject, devices: Sequence[str], settings: Settings)
         time_shift=settings.time_shift,
         forecast=settings.forecast,
         freshness=settings.freshness,
+        guidance="split" if settings.groups > 1 else "together",
         profile=True,
         example=subject.example,
     )
@@ -265,26 +288,28 @@ def _profiled_plan(subject: Subject, devices: Sequence[str], settings: Settings)
 
 def _measure(
     subject: Subject,
-    wholes: Sequence[WholeModelProcess],
-    stride: int,
+    whole: WholeModelProcess,
+    rivals: Sequence[WholeModelProcess],
+    settings: Settings,
     steps: int,
     runs: int,
     progress: Progress,
 ) -> tuple[Samples, TimedRun]:
     """Every kind once per run, one after the other: a machine that drifts drifts under all of them. With it
     the last run on all devices."""
-    samples, rhythm = Samples(), Configuration(len(wholes) + 1 - stride, stride)
+    stride = settings.stride
+    samples, rhythm = Samples(), Configuration(settings.num_stages, stride)
     first_step = rhythm.first_steady_step(_WARMUP_STEPS)
-    for whole in wholes:
-        whole.measure(1)  # untimed
+    for each in {whole, *rivals}:
+        each.measure(1)  # untimed
     for run in range(runs):
         progress("Measuring", run, runs)
-        samples.in_order.append(wholes[0].measure(steps).step_seconds())
+        samples.in_order.append(whole.measure(steps).step_seconds())
         last_run = run_timed(subject, rhythm.run_with_rounds(-(-steps // stride), _WARMUP_STEPS))
         samples.asynchronous.append(last_run.round_seconds(first_step, stride))
-        together = measure_together(wholes, steps)
+        together = measure_together(rivals, steps)
         samples.together.append([second for each in together for second in each.step_seconds()])
-        samples.all_threads.append(wholes[0].measure(steps, threads=len(wholes)).step_seconds())
+        samples.all_threads.append(whole.measure(steps, threads=len(rivals)).step_seconds())
     return samples, last_run
 
 

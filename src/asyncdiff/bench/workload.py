@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ class Workload:
     """An architecture's name (`arch`) or a hub id, folder or "demo" (`model`); the other is None.
 
     `size`: height and width in pixels, None for a pipeline's own. `dtype`: a torch name, or "auto" with a
-    model. `prompt`: for a model.
+    model. `prompt`: for a model. `batch`: of an architecture's denoiser call, None for its own.
     """
 
     arch: str | None
@@ -31,6 +31,7 @@ class Workload:
     size: int | None
     dtype: str
     prompt: str = ""
+    batch: int | None = None
 
     @property
     def title(self) -> str:
@@ -58,6 +59,8 @@ class _LoopSubject:
         assert workload.arch is not None
         assert workload.size is not None
         architecture, dtype = architecture_named(workload.arch), getattr(torch, workload.dtype)
+        if workload.batch is not None:
+            architecture = replace(architecture, batch=workload.batch)
         denoiser = build_denoiser(architecture, dtype)
         self.device = torch.device(device)
         self.pipe: Any = DenoisingLoop(architecture, denoiser, workload.size, dtype).to(device)

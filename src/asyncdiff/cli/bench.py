@@ -277,6 +277,7 @@ def step(
     time_shift: arguments.TimeShiftOption = False,
     forecast: arguments.ForecastOption = "latents",
     freshness: arguments.FreshnessOption = "auto",
+    guidance: arguments.GuidanceOption = "together",
     debug: arguments.DebugOption = False,
 ) -> None:
     """Time one denoising step in order and asynchronously, beside what this machine can reach at all."""
@@ -284,13 +285,15 @@ def step(
     arguments.check_at_least("--steps", steps, 1)
     arguments.check_at_least("--runs", runs, 1)
     arguments.check_writable("--json", json_file, (".json",))
-    split = arguments.check_split(devices, stages, stride, "1", None, time_shift, forecast, freshness)
+    split = arguments.check_split(
+        devices, stages, stride, "1", None, time_shift, forecast, freshness, guidance
+    )
 
     from asyncdiff.cli.console import print_table, progress, quiet_libraries
     from asyncdiff.cli.devices import resolve_devices
 
     names = resolve_devices(split.devices)
-    num_stages = arguments.stages_for(len(names), split.num_stages, split.stride)
+    num_stages = arguments.stages_for(len(names), split.num_stages, split.stride, split.guidance)
     quiet_libraries()
     with progress("Starting") as report:
         from asyncdiff.bench.step import run_step
@@ -304,6 +307,7 @@ def step(
             stride=split.stride,
             forecast=split.forecast,
             freshness=split.freshness,
+            guidance=split.guidance,
             time_shift=split.time_shift,
             runs=runs,
             steps=steps,

@@ -151,6 +151,7 @@ def generate(
     time_shift: arguments.TimeShiftOption = False,
     forecast: arguments.ForecastOption = "latents",
     freshness: arguments.FreshnessOption = "auto",
+    guidance: arguments.GuidanceOption = "auto",
     debug: arguments.DebugOption = False,
 ) -> None:
     """Generate pictures of a prompt on several devices."""
@@ -179,7 +180,7 @@ def generate(
             )
         devices = str(preview_devices)  # divided as for so many
     split = arguments.check_split(
-        devices, stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness
+        devices, stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness, guidance
     )
     run(request, split)
 
@@ -191,14 +192,14 @@ def run(request: Request, split: Split) -> None:
 
     devices = resolve_devices(split.devices if request.preview_devices is None else 1)
     count = request.preview_devices or len(devices)
-    num_stages = arguments.stages_for(count, split.num_stages, split.stride)
+    arguments.stages_for(count, split.num_stages, split.stride, split.guidance)
     quiet_libraries()
     name = request.model or "the demo model"
     with progress(f"Loading {name}") as report:
         report(f"Loading {name}", 0, 0)
         pipe = load_pipeline(request.model, request.dtype, devices[0])
         call = request.call_arguments(pipe)
-        parallel = _run_parallel(pipe, call, request, split, devices, num_stages, report)
+        parallel = _run_parallel(pipe, call, request, split, devices, report)
         original = (
             _run_in_order(pipe, call, request, parallel, devices[0], report) if request.compare else None
         )
@@ -207,19 +208,19 @@ def run(request: Request, split: Split) -> None:
         written.append(_write_comparison(request, original.images, parallel.images))
     if request.trace is not None:
         written.append(request.trace)
-    print_table(
-        f"{name}, seed {request.seed}", _rows(request, parallel, original, devices, num_stages, written)
-    )
+    print_table(f"{name}, seed {request.seed}", _rows(request, parallel, original, devices, written))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The images of one way of running, and their clocks. `threads`: intra-op threads per device (CPU)."""
+    """The images of one way of running, and their clocks. `threads`: intra-op threads per device (CPU).
+    `split`: how the denoiser was divided, for people."""
 
     images: list[Image.Image]
     clocks: list[StepClock]
     threads: int | None
     bytes_sent: int = 0
+    split: str = ""
 
     @property
     def seconds_per_step(self) -> float:
@@ -237,7 +238,6 @@ def _run_parallel(
     request: Request,
     split: Split,
     devices: list[str],
-    num_stages: int,
     report: Progress,
 ) -> Outcome:
     import asyncdiff
@@ -249,21 +249,31 @@ def _run_parallel(
     report(f"Dividing the denoiser {over}", 0, 0)
     with asyncdiff.parallelize(
         pipe,
-        devices if request.preview_devices is None else None,
-        num_stages=num_stages,
+        request.preview_devices or devices,
+        num_stages=split.num_stages,
         stride=split.stride,
         warmup_steps=split.warmup_steps,
         tolerance=split.tolerance,
         time_shift=split.time_shift,
         forecast=split.forecast,
         freshness=split.freshness,
+        guidance=split.guidance,
+        runtime="auto" if request.preview_devices is None else "local",
     ) as handle:
         skip = (1 if isinstance(split.warmup_steps, str) else split.warmup_steps) + 1
         images, clocks = _generate_all(pipe, call, request, where, skip, report)
         if request.trace is not None:
             handle.last_run.write_trace(request.trace)
-        assert handle.plan is not None  # it has run
-        return Outcome(images, clocks, handle.plan.threads_per_device, handle.last_run.bytes_sent)
+        plan = handle.plan
+        assert plan is not None  # it has run
+        stages = f"stages: {plan.num_stages}"
+        return Outcome(
+            images,
+            clocks,
+            plan.threads_per_device,
+            handle.last_run.bytes_sent,
+            f"groups for guidance: {plan.groups}, {stages} each" if plan.groups > 1 else stages,
+        )
 
 
 def _run_in_order(
@@ -327,30 +337,29 @@ def _rows(
     parallel: Outcome,
     original: Outcome | None,
     devices: list[str],
-    num_stages: int,
     written: list[Path],
 ) -> list[tuple[str, str, str]]:
     if request.preview_devices is not None:
-        rows = _preview_rows(request.preview_devices, devices[0], num_stages)
+        rows = _preview_rows(request.preview_devices, devices[0], parallel)
         rows += [] if original is None else [_psnr_row(parallel, original)]
     else:
-        rows = _parallel_rows(parallel, devices, num_stages)
+        rows = _parallel_rows(parallel, devices)
         rows += [] if original is None else _comparison_rows(parallel, original)
     return rows + [("written", "", str(path)) for path in written]
 
 
-def _preview_rows(count: int, device: str, num_stages: int) -> list[tuple[str, str, str]]:
+def _preview_rows(count: int, device: str, parallel: Outcome) -> list[tuple[str, str, str]]:
     """No times: they are those of one device that does the work of all."""
     return [
-        ("preview of", f"{count} devices", f"the pictures they would give; stages: {num_stages}"),
+        ("preview of", f"{count} devices", f"the pictures they would give; {parallel.split}"),
         ("made on", device, "one stage after the other: not faster than in order"),
     ]
 
 
-def _parallel_rows(parallel: Outcome, devices: list[str], num_stages: int) -> list[tuple[str, str, str]]:
+def _parallel_rows(parallel: Outcome, devices: list[str]) -> list[tuple[str, str, str]]:
     threads = f", threads each: {parallel.threads}" if parallel.threads else ""
     return [
-        ("devices", ", ".join(devices), f"stages: {num_stages}{threads}"),
+        ("devices", ", ".join(devices), f"{parallel.split}{threads}"),
         ("milliseconds per step", _number(parallel.seconds_per_step * 1e3, 1), "median, after warm-up"),
         ("seconds per picture", _number(parallel.seconds, 2), "whole call"),
         ("megabytes sent per picture", _number(parallel.bytes_sent / 1e6, 2), "between devices"),
