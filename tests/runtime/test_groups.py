@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -87,6 +88,23 @@ def test_plan_decided_by_the_first_call_is_that_of_the_local_executor() -> None:
     with asyncdiff.parallelize(pipe, plan=saved) as handle:
         assert torch.equal(generate(pipe), expected)
         assert len(handle.workers) == 1
+
+
+@pytest.mark.usefixtures("spawned")
+def test_auto_does_not_split_what_devices_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    whole = sum(parameter.nbytes for parameter in pipe.unet.parameters())
+    memory = Mock(return_value=Mock(total=2.4 * whole))  # of both devices together: 1.92 wholes of weights
+    monkeypatch.setattr("asyncdiff.pipeline.devices.psutil.virtual_memory", memory)
+    with asyncdiff.parallelize(pipe, ["cpu", "cpu"]) as handle:
+        generate(pipe)
+        assert handle.plan is not None
+        assert (handle.plan.groups, handle.plan.num_stages) == (1, 2)
+    memory.return_value.total = 2.6 * whole
+    with asyncdiff.parallelize(pipe, ["cpu", "cpu"]) as handle:
+        generate(pipe)
+        assert handle.plan is not None
+        assert handle.plan.groups == 2
 
 
 @pytest.mark.usefixtures("spawned")

@@ -469,7 +469,7 @@ def _row(candidate: Candidate, *, is_chosen: bool, objective: Objective) -> tupl
     too_stale = "" if objective.is_fresh_enough(candidate) else " !"
     return (
         "->" if is_chosen else "",
-        "split" if plan.groups > 1 else "together",
+        "" if is_alone else "split" if plan.groups > 1 else "together",
         "in order" if is_alone else str(plan.num_stages),
         "" if is_alone else str(plan.stride),
         "" if is_alone else str(plan.warmup_steps),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from asyncdiff.config import available_cores, can_split, settle, settle_groups
 from asyncdiff.errors import ConfigurationError
 
 RUNTIMES = ("auto", "local", "spawn", "torchrun")
+_WEIGHTS_SHARE = 0.8  # of a device's memory; the rest is for activations and what else the pipeline has
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,22 @@ def _check_device(name: str) -> str:
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
         raise ConfigurationError(f"{name!r} was given, but torch finds no {device.type} device here.")
     return str(device)
+
+
+def have_room(devices: Sequence[str], weight_bytes: float) -> bool:
+    """Whether each device can hold so many bytes of weights, as far as this machine can tell: CPU devices and
+    workers that share a GPU share its memory."""
+    counts = Counter("cpu" if torch.device(name).type == "cpu" else name for name in devices)
+    return all(count * weight_bytes <= _WEIGHTS_SHARE * _memory_bytes(name) for name, count in counts.items())
+
+
+def _memory_bytes(name: str) -> float:
+    device = torch.device(name)
+    if device.type == "cpu":
+        return float(psutil.virtual_memory().total)
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return math.inf
 
 
 def _check_driver_device(first: str, denoiser_device: torch.device) -> None:

@@ -114,7 +114,7 @@ class Examination:
     @property
     def parameter_bytes(self) -> int:
         """Of the whole denoiser."""
-        return sum(spec.num_bytes for spec in self.weights.specs.values())
+        return self.weights.num_bytes
 
 
 def examine(denoiser: nn.Module, inputs: Inputs, *, weights_at_hand: bool) -> Examination:

@@ -28,7 +28,7 @@ from asyncdiff.pipeline.denoiser import (
     refuse_offloading,
     replaced_forward,
 )
-from asyncdiff.pipeline.devices import Placement, settle_placement
+from asyncdiff.pipeline.devices import Placement, have_room, settle_placement
 from asyncdiff.pipeline.division import Division
 from asyncdiff.pipeline.forward import current_forward
 from asyncdiff.pipeline.guards import refuse_other_ways
@@ -285,7 +285,8 @@ def plan(
     skeleton = dump_skeleton(denoiser, allow_main=True)
     shared = None
     if placement.split_stages is not None and is_guided(pipe) is not False:
-        shared = find_shared_batch(skeleton, inputs, 2, device)
+        if have_room(placement.devices, skeleton.num_bytes / placement.split_stages):
+            shared = find_shared_batch(skeleton, inputs, 2, device)
         if shared is not None:
             settings = replace(settings, num_stages=placement.split_stages, groups=2)
     elif settings.groups > 1:

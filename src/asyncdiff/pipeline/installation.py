@@ -31,6 +31,7 @@ from asyncdiff.pipeline.analysis import (
     record_call,
 )
 from asyncdiff.pipeline.denoiser import refuse_compiled, refuse_offloading
+from asyncdiff.pipeline.devices import have_room
 from asyncdiff.pipeline.forward import current_forward, put_forward
 from asyncdiff.pipeline.guards import guard_names, install_guards, refuse_other_ways, remove_guards
 from asyncdiff.pipeline.next_round import Seen, following_round, seen
@@ -392,13 +393,16 @@ class Installation:
         return self._parts_memory.setdefault(key, PartsMemory()).parts(inputs, shared)
 
     def _decide_groups(self, inputs: Inputs) -> None:
-        """At the first call: two groups if guidance is on, as far as the pipeline says, and its batch can be
-        shared."""
+        """At the first call: two groups if guidance is on, as far as the pipeline says, its batch can be
+        shared and the devices can hold as many weights."""
         alternative, self._two_groups = self._two_groups, None
         if alternative is None:
             return
         pipe = calling_pipeline(self.denoiser, self.name) or self.pipe
         if is_guided(pipe) is False or self._find_shared_batch(inputs, 2) is None:
+            return
+        assert self._skeleton is not None
+        if self._ships and not have_room(self._devices, self._skeleton.num_bytes / alternative.num_stages):
             return
         groups = alternative.open()
         self.groups.close()

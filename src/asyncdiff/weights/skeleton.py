@@ -41,6 +41,11 @@ class Skeleton:
     specs: dict[str, TensorSpec]
     parameters: dict[str, bool]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
 
 def dump_skeleton(module: nn.Module, *, omit: tuple[str, ...] = (), allow_main: bool = False) -> Skeleton:
     """Pickle `module` without its tensors.
