@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,9 @@ def test_a_guess_is_right_only_if_all_that_was_told_is_the_same() -> None:
     assert not announcement.came_true(called(timestep=torch.tensor(4)))
     assert not announcement.came_true(called(timestep=torch.tensor(3.0)))
     assert not announcement.came_true(called(text=text.clone())), "large tensors are not compared"
+    patient = replace(announcement, may_wait=True)
+    assert patient.came_true(called(text=text.clone()))
+    assert not patient.came_true(called(text=text + 1))
     for change in ({"run": 2}, {"channel": "b"}, {"key": 1}, {"first_step": 4}, {"floats": {"g": 2.0}}):
         assert not announcement.came_true(called(info=change)), change
     assert not announcement.came_true(call_of(4, timestep=timestep, text=text))
@@ -70,8 +74,8 @@ def announced(monkeypatch: pytest.MonkeyPatch) -> list[Announcement]:
     """What the driver announces."""
     made: list[Announcement] = []
 
-    def noted(*args: Any) -> Announcement | None:
-        found = announce(*args)
+    def noted(*args: Any, **options: Any) -> Announcement | None:
+        found = announce(*args, **options)
         if found is not None:
             made.append(found)
         return found
