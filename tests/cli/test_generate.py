@@ -77,7 +77,9 @@ def test_guidance_is_split_by_default(tmp_path: Path) -> None:
 
 
 def test_a_tolerance_that_nothing_keeps_runs_in_order(tmp_path: Path) -> None:
-    done = generate(tmp_path, "--steps 4 --warmup-steps auto --tolerance 1e-9 --compare -o out.png")
+    done = generate(
+        tmp_path, "--steps 4 --warmup-steps auto --tolerance 1e-9 --guidance together --compare -o out.png"
+    )
     assert done.returncode == 0, done.stderr
     assert "identical" in done.stdout
 
