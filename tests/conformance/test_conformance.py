@@ -58,7 +58,7 @@ def test_two_processes_are_bitwise_the_local_executor(name: str) -> None:
     whole_bytes = sum(tensor.nbytes for tensor in weights_of(family, pipe).values())
     with asyncdiff.parallelize(pipe, num_stages=2):
         expected = [generate(family, pipe, call) for call in calls]
-    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"]) as handle:
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], num_stages=2) as handle:
         for call, latents in zip(calls, expected, strict=True):
             assert torch.equal(generate(family, pipe, call), latents), call
             assert handle.last_run.bytes_sent == expected_bytes(handle) > 0
