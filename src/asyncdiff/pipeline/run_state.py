@@ -214,15 +214,15 @@ class Conditions:
         return True
 
     def foreseen(self, num_steps: int) -> tuple[dict[int, Any], bool]:
-        """The timestep arguments of all steps to come, and whether they are known: else some may be rounded
-        in another way. It waits for the device that holds them."""
+        """The timestep arguments of steps to come, and whether all are known: else some may be rounded in
+        another way or missing. It waits for the device that holds them."""
         timesteps, like = timesteps_of(self._call.scheduler), timestep_argument(self._inputs)
         assert timesteps is not None
         found = {
             step: self._call.timesteps.map.likely_argument_for(timesteps[self._index(step)], like)
             for step in range(self._call.position.step + 1, num_steps)
         }
-        arguments = {step: argument for step, (argument, _) in found.items()}
+        arguments = {step: argument for step, (argument, _) in found.items() if argument is not None}
         return arguments, all(is_sure for _, is_sure in found.values())
 
     def for_round(self, round_: Round, arguments: Mapping[int, Any]) -> dict[int, Condition] | None:

@@ -23,6 +23,9 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio", "t")
 """What forwards of the denoisers of diffusers 0.42 call the timestep: 94 classes `timestep`, HiDream
 `timesteps`, Stable Cascade `timestep_ratio`, Z-Image `t`."""
 
+_ROUNDED = 2**-6
+"""Relative difference that two roundings to bfloat16 may make, and nothing else does."""
+
 OTHER_STEP_NAMES = (
     "timestep_r", "r_timestep", "target_timestep", "r", "sigma", "sigmas", "noise_level",
     "audio_timestep", "vision_timesteps", "sound_timesteps", "action_timesteps", "timestep_indices",
@@ -135,8 +138,8 @@ class TimestepMap:
         return likely if is_sure else None
 
     def likely_argument_for(self, scheduler_timestep: Number, like: Number) -> tuple[Number | None, bool]:
-        """The same, and whether it is known; where remaining forms disagree, what most pipelines would pass,
-        which cast the timestep to the argument's dtype before anything else."""
+        """The same, and whether it is known; where remaining forms disagree by how they round, what most
+        pipelines would pass, which cast the timestep to the argument's dtype before anything else."""
         if self.is_refuted:
             raise ConfigurationError(self.refusal())
         timestep, values = _tensor(scheduler_timestep), _tensor(like)
@@ -145,6 +148,8 @@ class TimestepMap:
             return None, False
         first, *others = (form.apply(timestep, values.dtype) for form in forms)
         is_sure = all(torch.equal(first, other) for other in others)
+        if not all(torch.allclose(first.double(), other.double(), _ROUNDED, 0.0) for other in others):
+            return None, False
         if not isinstance(like, torch.Tensor):
             return type(like)(first.item()), is_sure
         return torch.empty_like(values).copy_(first.reshape(()).expand(values.shape)), is_sure
