@@ -48,7 +48,9 @@ def test_spawned_workers_equal_local_executor(
 ) -> None:
     """With workers that are told of a round in advance, and wait for the driver in it."""
     made: list[Announcement | None] = []
-    monkeypatch.setattr(remote, "announce", lambda *args: made.append(announce(*args)) or made[-1])
+    monkeypatch.setattr(
+        remote, "announce", lambda *args, **how: made.append(announce(*args, **how)) or made[-1]
+    )
     pipe = tiny_pipeline(dtype=dtype)
     untouched = generate(pipe)
     plan = fresh_plan(pipe, *shape, forecast=forecast, warmup_steps=2)
