@@ -92,6 +92,19 @@ def test_an_input_that_is_written_into_changes() -> None:
     assert torch.equal(made.continued(1.0)["x"], torch.ones(2))
 
 
+@pytest.mark.parametrize("num_points", [1, 2, 4])
+def test_a_copy_goes_on_by_itself(num_points: int) -> None:
+    square = lambda place: torch.tensor([place * place])  # noqa: E731
+    made, untouched = of(square, num_points), of(square, num_points)
+    other, last = made.copied(), PLACES[num_points]
+    for place, value in ((last, square(0.0)), (last - 30, square(5.0))):
+        other.observe(place, {"latents": value, "t": value}, latents="latents", without="t")
+    for each in (made, untouched):
+        each.observe(last, {"latents": square(last), "t": square(last)}, latents="latents", without="t")
+    assert torch.equal(made.continued(500.0)["latents"], untouched.continued(500.0)["latents"])
+    assert not torch.equal(other.continued(500.0)["latents"], made.continued(500.0)["latents"])
+
+
 def test_latents_change_even_if_they_have_not_yet() -> None:
     made = of(lambda place: torch.tensor([min(place, PLACES[1])]), 4)
     assert PLACES[4] - 20 < float(made.continued(PLACES[4])["latents"]) < PLACES[3]

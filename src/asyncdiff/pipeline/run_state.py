@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -61,7 +60,7 @@ class ChannelState:
 
     def copied(self) -> ChannelState:
         """A copy to try something with; what is changed of it leaves this one alone."""
-        return replace(self, arguments=dict(self.arguments), course=copy.deepcopy(self.course))
+        return replace(self, arguments=dict(self.arguments), course=self.course.copied())
 
     def note_inputs(self, call: PlacedCall, inputs: Inputs) -> None:
         """What a step is given; noted twice is noted once."""
