@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INCOMPLETE := $(VENV)/.incomplete
+# Two processes, one per core of the smallest machine that the tests are meant for.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help demo test test-all lint types imports tests benchmarks tables clean
 .DELETE_ON_ERROR:
@@ -21,7 +23,7 @@ test: lint types imports tests
 
 # Every family of pipelines in processes as well: about an hour on two cores.
 test-all: lint types imports
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,7 +36,7 @@ imports: $(INSTALLED)
 	$(BIN)/lint-imports --no-logo
 
 tests: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Measures what the README and docs/benchmarks show, on this machine; best when it does nothing else.
 benchmarks: $(INSTALLED)

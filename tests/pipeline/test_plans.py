@@ -163,6 +163,13 @@ def test_speeds_that_are_none_are_refused(speeds: Any) -> None:
         asyncdiff.plan(pipe, ["cpu", "cpu"], speeds=speeds, example=example(pipe))
 
 
+@pytest.mark.parametrize(("speeds", "groups"), [(None, 2), ((1.0, 0.9), 2), ((0.5, 1.0), 1)])
+def test_guidance_is_not_split_between_unequal_devices(speeds: tuple[float, ...] | None, groups: int) -> None:
+    """Half the work on a device of half the speed would take as long as all of it on the fast one."""
+    pipe = sd()
+    assert asyncdiff.plan(pipe, ["cpu", "cpu"], speeds=speeds, example=example(pipe)).groups == groups
+
+
 def test_plan_is_that_of_the_groups_that_the_first_call_chooses() -> None:
     """Made from one part of the example call's batch; saved, loaded and used like any other."""
     pipe = sd()

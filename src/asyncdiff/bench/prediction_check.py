@@ -139,7 +139,12 @@ def _repeat(
     from asyncdiff.simulation import Machine
 
     chosen = asyncdiff.plan(
-        subject.pipe, list(devices), warmup_steps=_WARMUP_STEPS, profile=True, example=subject.example
+        subject.pipe,
+        list(devices),
+        warmup_steps=_WARMUP_STEPS,
+        guidance="together",
+        profile=True,
+        example=subject.example,
     )
     predictions = chosen.predictions
     assert predictions is not None

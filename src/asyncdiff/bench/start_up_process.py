@@ -43,7 +43,9 @@ def _divided(request: dict[str, Any], dtype: Any) -> tuple[Any, Any]:
 
     devices, absent = request["devices"], dict.fromkeys(request["absent"])
     if request["way"] != "parallelize":
-        pipe = asyncdiff.from_pretrained(request["folder"], devices, dtype=dtype, **absent)
+        pipe = asyncdiff.from_pretrained(
+            request["folder"], devices, guidance="together", dtype=dtype, **absent
+        )
         return pipe, asyncdiff.handle_of(pipe)
     from diffusers import DiffusionPipeline
 

@@ -106,7 +106,7 @@ def run_unequal(
             slow_speed = in_order_ms / _step_ms(loop, steps, first=1)
         plans = {
             speeds: asyncdiff.plan(
-                loop, list(_DEVICES), profile=True, speeds=speeds, example={"num_steps": 2}
+                loop, list(_DEVICES), num_stages=2, profile=True, speeds=speeds, example={"num_steps": 2}
             )
             for speeds in ((1.0, 1.0), (1.0, speed))
         }

@@ -37,13 +37,15 @@ from asyncdiff.pipeline.installation import DenoiserEntry, Installation, TwoGrou
 from asyncdiff.pipeline.partition_request import PartitionRequest, check_partition
 from asyncdiff.pipeline.profiling import profile_pipeline
 from asyncdiff.pipeline.scheduler_lookup import is_guided
-from asyncdiff.planner import Plan, check_speeds
+from asyncdiff.planner import Plan, check_speeds, share_used_by_groups
 from asyncdiff.profile import relative_speeds
 from asyncdiff.runtime.groups import Groups
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.runtime.remote import RemoteExecutor, Workers
 from asyncdiff.trace import flatten_inputs
 from asyncdiff.weights import Unloaded, dump_skeleton, free_tensors, named_tensors, read_unloaded
+
+_LEAST_SHARE_OF_GROUPS = 0.9  # of the speed of unequal devices; below, stages use more
 
 
 def parallelize(
@@ -283,8 +285,12 @@ def plan(
     args, kwargs = capture_call(pipe, denoisers.values(), call)
     inputs = flatten_inputs(type(denoiser).forward, args, kwargs)
     skeleton = dump_skeleton(denoiser, allow_main=True)
+    threads = placement.threads_per_device
+    if profile and speeds is None and len(placement.devices) > 1:
+        with replaced_forward(denoiser, None):
+            speeds = relative_speeds(denoiser, skeleton, inputs, placement.devices, threads)
     shared = None
-    if placement.split_stages is not None and is_guided(pipe) is not False:
+    if placement.split_stages is not None and is_guided(pipe) is not False and _are_alike(speeds):
         if have_room(placement.devices, skeleton.num_bytes / placement.split_stages):
             shared = find_shared_batch(skeleton, inputs, 2, device)
         if shared is not None:
@@ -304,13 +310,9 @@ def plan(
     recording = record_call(denoiser, skeleton, inputs, device, weights_at_hand=True)
     measured = None
     if profile:
-        threads = placement.threads_per_device
         measured = profile_pipeline(
             pipe, denoisers.values(), call, inputs, recording, device, threads, whole=whole
         )
-        if speeds is None and len(placement.devices) > 1:
-            with replaced_forward(denoiser, None):
-                speeds = relative_speeds(denoiser, skeleton, inputs, placement.devices, threads)
     return first_plan(
         recording,
         settings,
@@ -318,11 +320,16 @@ def plan(
         partition,
         weights=skeleton,
         dtype=next(denoiser.parameters()).dtype,
-        threads_per_device=placement.threads_per_device,
+        threads_per_device=threads,
         seconds=measured.block_seconds if measured else None,
         driver_seconds=measured.driver_seconds if measured else None,
         speeds=speeds,
     )
+
+
+def _are_alike(speeds: Sequence[float] | None) -> bool:
+    """Whether two groups of these devices, which get the same work, leave little of their speed unused."""
+    return speeds is None or share_used_by_groups(speeds, 2) >= _LEAST_SHARE_OF_GROUPS
 
 
 def _refuse_what_cannot_be_divided(pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:

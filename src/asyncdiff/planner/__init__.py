@@ -4,7 +4,13 @@ from asyncdiff.planner.candidates import Candidate, Objective, choose_candidate,
 from asyncdiff.planner.choice import choose_plan
 from asyncdiff.planner.costs import estimate_seconds, glue_seconds
 from asyncdiff.planner.names import block_name, partition_by_names
-from asyncdiff.planner.partitioning import check_speeds, partition_chain, partition_nested, stage_speeds
+from asyncdiff.planner.partitioning import (
+    check_speeds,
+    partition_chain,
+    partition_nested,
+    share_used_by_groups,
+    stage_speeds,
+)
 from asyncdiff.planner.plan import Plan, make_plan
 from asyncdiff.planner.predictions import Predictions, predict
 from asyncdiff.planner.timing import simulate
@@ -26,6 +32,7 @@ __all__ = [
     "partition_chain",
     "partition_nested",
     "predict",
+    "share_used_by_groups",
     "simulate",
     "stage_speeds",
 ]

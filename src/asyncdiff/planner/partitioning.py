@@ -84,6 +84,11 @@ def slowest_of_groups(speeds: Sequence[float], groups: int) -> tuple[float, ...]
     return tuple(min(speeds[rank::size]) for rank in range(size))
 
 
+def share_used_by_groups(speeds: Sequence[float], groups: int) -> float:
+    """How much of what the devices could do groups of equal work use: each waits for the slowest."""
+    return groups * sum(slowest_of_groups(speeds, groups)) / sum(speeds)
+
+
 def check_speeds(
     num_stages: int, stride: int, speeds: Sequence[float] | None, groups: int = 1
 ) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 def parallelize(pipe: object) -> asyncdiff.Handle:
     try:
-        return asyncdiff.parallelize(pipe)
+        return asyncdiff.parallelize(pipe, num_stages=world_size)
     except SystemExit as leaving:
         print(f"[rank {rank} leaves with {leaving.code}]", flush=True)
         raise
