@@ -26,7 +26,8 @@ class Settings:
     that produces it) or `"paper"` (everything is read one round late). `tolerance`: after warm-up too, steps
     run in order while the relative error of the forecast is above it; None to never look. `groups`: 1, or the
     number of groups of devices that share the batch of a denoiser call (the guidance halves), each with the
-    whole denoiser. Raises `ConfigurationError` for anything else.
+    whole denoiser. `guidance_refresh`: after warm-up, in how many steps both halves of guidance are evaluated
+    once, in the others only one (section 7). Raises `ConfigurationError` for anything else.
     """
 
     num_stages: int
@@ -37,6 +38,7 @@ class Settings:
     freshness: str = "auto"
     tolerance: float | None = None
     groups: int = 1
+    guidance_refresh: int = 1
 
     def __post_init__(self) -> None:
         check_count("num_stages", self.num_stages)
@@ -56,6 +58,30 @@ class Settings:
             raise ConfigurationError(f"tolerance must be a number above 0, but {self.tolerance!r} was given.")
         if check_count("groups", self.groups) > MAX_GROUPS:
             raise ConfigurationError(f"groups must be at most {MAX_GROUPS}, but {self.groups} was given.")
+        if check_count("guidance_refresh", self.guidance_refresh) > 1:
+            self._check_refresh()
+
+    def _check_refresh(self) -> None:
+        refresh = f"guidance_refresh={self.guidance_refresh}"
+        if self.groups > 1:
+            raise ConfigurationError(
+                f'{refresh} and guidance="split" exclude each other: the devices of the other half would do '
+                'nothing most of the time. Use guidance="together".'
+            )
+        if self.stride > 1:
+            raise ConfigurationError(f"{refresh} goes with stride=1, but {self.stride} was given.")
+        if self.time_shift:
+            raise ConfigurationError(f"{refresh} goes with time_shift=False, but True was given.")
+        if self.tolerance is not None:
+            raise ConfigurationError(
+                f'{refresh} goes with a number of warmup_steps, but "auto" was given (tolerance '
+                f"{self.tolerance:g})."
+            )
+        if self.num_stages > 1 and self.forecast != "latents":
+            raise ConfigurationError(
+                f'{refresh} with {self.num_stages} stages needs forecast="latents", but "{self.forecast}" '
+                "was given: states of a half that is left out cannot be continued."
+            )
 
     @property
     def group_size(self) -> int:

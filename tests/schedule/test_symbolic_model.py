@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 
@@ -70,6 +70,7 @@ class Case:
     later: frozenset[int] = frozenset()  # in order after warm-up
     in_time: frozenset[tuple[int, int]] = frozenset()  # (producer, reader) pairs with leaves read fresh
     skips: bool = True  # every stage reads of all before it, not of the last one only
+    refresh: int = 1  # after warm-up, of how many steps one is predicted
 
 
 def model(case: Case) -> list[int]:
@@ -78,7 +79,13 @@ def model(case: Case) -> list[int]:
         eps = nested_model(case)
     else:
         eps = ahead_model(case) if case.forecast == "latents" else chain_model(case)
-    return [eps(s) for s in range(case.first, case.T)]
+    return [eps(s) for s in range(case.first, case.T) if is_asked_for(case, s)]
+
+
+def is_asked_for(case: Case, s: int) -> bool:
+    """Section 7: the steps in order, and every k-th after warm-up."""
+    number = s - case.first - case.warmup + 1
+    return number <= 0 or s in case.later or number % case.refresh == 0
 
 
 def conditioning(case: Case, q: int) -> int:
@@ -175,12 +182,13 @@ def chain_model(case: Case) -> Callable[[int], int]:
 
 def ahead_model(case: Case) -> Callable[[int], int]:
     """Section 5: latents continued. Stage k makes its state for the first step of a round that has not come
-    yet: as many rounds ahead as its output is on its way; one at most where stages are skipped."""
+    yet: as many rounds ahead as its output is on its way; one at most where stages are skipped and all steps
+    are predicted."""
     N = case.N
     before, in_order = rounds(case)
 
     def target(k: int, b: int) -> int:
-        ahead = min(1, N - 1 - k) if case.skips and N > 2 else N - 1 - k
+        ahead = min(1, N - 1 - k) if case.skips and N > 2 and case.refresh == 1 else N - 1 - k
         return b if b in in_order else b + case.S * ahead
 
     def sources(k: int) -> range:
@@ -333,9 +341,8 @@ def interpret(schedule: Schedule) -> list[int]:
     assert not waiting, "deadlock"
     assert not any(values.values())
     assert not any(predictions.values())
-    assert [step for step, _ in workers[0].handed_over] == list(
-        range(schedule.first_step, schedule.num_steps)
-    )
+    steps = range(schedule.first_step, schedule.num_steps)
+    assert [step for step, _ in workers[0].handed_over] == [s for s in steps if schedule.is_predicted(s)]
     return [content for _, content in workers[0].handed_over]
 
 
@@ -345,6 +352,7 @@ def build(case: Case, *, driver_computes: bool = True) -> Schedule:
         first_step=case.first, time_shift=case.shift, forecast=case.forecast, freshness=case.freshness,
         crossings=None if case.skips else [(k, k + 1) for k in range(case.N - 1)],
         fresh_crossings=case.in_time, in_order_steps=case.later, driver_computes=driver_computes,
+        refresh_every=case.refresh,
     )  # fmt: skip
 
 
@@ -389,6 +397,45 @@ def test_latents_continued_and_states_in_time(N: int) -> None:
         case = Case("chain", N, S, w, T, S == 2, "latents", in_time=in_time)
         check(case)
         validate(build(case))
+
+
+@pytest.mark.parametrize(("N", "skips"), [(n, skips) for n in range(1, 5) for skips in (False, True)])
+def test_every_kth_step_predicted(N: int, skips: bool) -> None:
+    _TERMS.clear()
+    for k, w, T in itertools.product(range(1, 5), range(1, 5), range(5, 14)):
+        case = Case("chain", N, 1, w, T, False, "latents", skips=skips, refresh=k)
+        later = replace(case, T=T + 3, first=3, later=frozenset({w + 3, w + 4}))
+        in_time = next(pairs_in_time("chain", N)) if skips else frozenset()
+        for each in (case, later, replace(case, in_time=in_time)):
+            check(each)
+            validate(build(each))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("N", [1, 2, 3, 4])
+def test_a_prediction_takes_one_evaluation_of_every_stage(N: int, skips: bool) -> None:
+    """The wave of section 7: stage j works for step i in the round of i - (N - 1 - j), and all that it reads
+    was made for i."""
+    k, w, T = 4, 2, 30
+    schedule = build(Case("chain", N, 1, w, T, False, "latents", skips=skips, refresh=k))
+    found = {
+        (op.value, round_.first_step, op.latents_step, op.condition_step)
+        for round_, _, op in schedule.computes()
+        if round_.first_step >= w + N
+    }
+    assert found == {
+        (Value(j, i), i - (N - 1 - j), i, i)
+        for i in range(w + k - 1, T, k) for j in range(N)
+        if i - (N - 1 - j) >= w + N
+    }  # fmt: skip
+    reads = [read for round_, _, op in schedule.computes() if round_.first_step >= w + N for read in op.reads]
+    assert all(len(read.terms) == 1 for read in reads)
+    assert bool(reads) == (N > 1)
+
+
+def test_of_a_nested_split_every_step_is_predicted() -> None:
+    with pytest.raises(ConfigurationError, match="every step is predicted"):
+        build(Case("nested", 2, 1, 1, 9, False, "latents", refresh=2))
 
 
 def test_no_step_runs_in_order_after_others_worked_ahead_of_it() -> None:

@@ -35,6 +35,7 @@ def build_schedule(
     fresh_crossings: Iterable[tuple[int, int]] = (),
     in_order_steps: Collection[int] = (),
     driver_computes: bool = True,
+    refresh_every: int = 1,
 ) -> Schedule:
     """The schedule of steps `first_step` to `num_steps - 1`; warm-up is the first `warmup_steps` of them.
 
@@ -42,13 +43,18 @@ def build_schedule(
     that is read late (`Wiring.crossings`); None for every pair that can exist. `fresh_crossings`: those
     between which it hands over anything that is read in the round that produces it, with freshness "auto".
     `in_order_steps`: steps that run in order after warm-up, where a round would begin with them.
-    `driver_computes`: whether rank 0 holds stage 0, or no stage.
+    `driver_computes`: whether rank 0 holds stage 0, or no stage. `refresh_every`: after warm-up, of how many
+    steps the last one is predicted (section 7); nothing is computed for the others.
     Raises `ConfigurationError` for settings that have no schedule.
     """
-    settings = Settings(num_stages, stride, warmup_steps, time_shift, forecast, freshness)
+    settings = Settings(
+        num_stages, stride, warmup_steps, time_shift, forecast, freshness, guidance_refresh=refresh_every
+    )
     check_count("first_step", first_step, least=0)
     check_count("num_steps", num_steps, least=first_step + 1)
     stages = _segment_stages(kind, num_stages)
+    if refresh_every > 1 and len(set(stages)) < len(stages):
+        raise ConfigurationError("Of a nested split every step is predicted.")
     if freshness == "paper" and fresh_crossings:
         raise ConfigurationError('freshness="paper" reads nothing in the round that produces it.')
     rules = _Rules(
@@ -66,7 +72,7 @@ def build_schedule(
     return Schedule(
         kind=kind, num_stages=num_stages, stride=stride, warmup_steps=warmup_steps, num_steps=num_steps,
         first_step=first_step, time_shift=time_shift, forecast=forecast, freshness=freshness,
-        segment_stage=stages, driver_computes=driver_computes,
+        segment_stage=stages, driver_computes=driver_computes, refresh_every=refresh_every,
         rounds=place_transfers(drafts, rules.first_worker + settings.num_workers, rules.last_segment),
     )  # fmt: skip
 
@@ -133,6 +139,10 @@ class _Rules:
     def is_in_order(self, step: int) -> bool:
         return step < self.warmup_end or step in self.in_order_steps
 
+    def is_predicted(self, step: int) -> bool:
+        """Whether anybody asks for the prediction of a step."""
+        return self.is_in_order(step) or (step + 1 - self.warmup_end) % self.settings.guidance_refresh == 0
+
     def runs_per_step(self, segment: int) -> bool:
         """Whether the segment is of the replicated stage, the one that runs once per step of a round."""
         return self.segment_stage[segment] == self.segment_stage[-1]
@@ -159,14 +169,15 @@ class _Rules:
 
         As many as its output is on its way to the prediction, where that is the only way there is: every
         line on it would add to the error of those before. Where skips lead past stages, most of the
-        prediction rests on them, and latents continued over one round are better than over several. Not in a
-        nested split, where Z reads what E has just made of the latents as they are.
+        prediction rests on them, and latents continued over one round are better than over several. But where
+        only some steps are predicted, as a line would take states that nobody else needs. Not in a nested
+        split, where Z reads what E has just made of the latents as they are.
         """
         if not self.continues_latents or any(map(self.is_outer_start, range(self.last_segment))):
             return 0
         has_skips = any(reader - producer > 1 for producer, reader in self.crossings | self.fresh_crossings)
         on_its_way = self.last_segment - segment
-        return min(1, on_its_way) if has_skips else on_its_way
+        return min(1, on_its_way) if has_skips and self.settings.guidance_refresh == 1 else on_its_way
 
     def label(self, segment: int, past: _Past) -> int:
         """The step that the state is for which a segment has left behind in a round."""
@@ -301,7 +312,8 @@ def _drop_unused(drafts: list[Draft], rules: _Rules) -> list[Draft]:
         computes: list[tuple[int, Compute]] = []
         for rank, compute in reversed(draft.computes):
             # Every Z predicts, and E is part of its forward without being one of its reads.
-            if rules.runs_per_step(compute.segment) or compute.value in used:
+            predicts = rules.runs_per_step(compute.segment) and rules.is_predicted(compute.step)
+            if predicts or compute.value in used:
                 used.update(term.value for read in compute.reads for term in read.terms)
                 computes.append((rank, compute))
         kept.append(Draft(draft.steps, draft.in_order, tuple(reversed(computes))))

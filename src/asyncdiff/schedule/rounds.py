@@ -14,9 +14,9 @@ from asyncdiff.schedule.ops import Compute, Op
 class Round:
     """One exchange: what every worker does for the steps that share it.
 
-    `steps` are predicted in it, starting with `first_step`. `in_order`: a warm-up round of one step, whose
-    stages run one after the other on fresh values. `ops[rank]` are that worker's operations in execution
-    order.
+    `steps` are predicted in it, as far as they are asked for, starting with `first_step`. `in_order`: a
+    warm-up round of one step, whose stages run one after the other on fresh values. `ops[rank]` are that
+    worker's operations in execution order.
     """
 
     first_step: int
@@ -47,6 +47,7 @@ class Schedule:
     segment_stage: tuple[int, ...]
     rounds: tuple[Round, ...]
     driver_computes: bool = True
+    refresh_every: int = 1
 
     @property
     def num_workers(self) -> int:
@@ -93,6 +94,12 @@ class Schedule:
         if not self.first_step <= step < self.num_steps:
             raise IndexError(f"step {step} is not among {self.first_step} to {self.num_steps - 1}")
         return self.rounds[bisect_right(self._round_starts, step) - 1]
+
+    def is_predicted(self, step: int) -> bool:
+        """Whether the prediction for `step` is made: in order, and after warm-up for the last of every
+        `refresh_every` steps."""
+        since_warmup = step + 1 - self.first_step - self.warmup_steps
+        return self.round_of(step).in_order or since_warmup % self.refresh_every == 0
 
     @cached_property
     def history_depth(self) -> int:

@@ -8,10 +8,10 @@ from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Term, Value
 from asyncdiff.schedule.rounds import Round, Schedule
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _SETTINGS = (
     "kind", "num_stages", "stride", "warmup_steps", "num_steps", "first_step", "time_shift", "forecast",
-    "freshness", "driver_computes",
+    "freshness", "driver_computes", "refresh_every",
 )  # fmt: skip
 
 

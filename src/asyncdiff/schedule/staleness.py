@@ -28,7 +28,7 @@ class StepStaleness:
 
 
 def staleness(schedule: Schedule) -> tuple[StepStaleness, ...]:
-    """One entry per step, in order."""
+    """One entry per step that is predicted, in order."""
     oldest: dict[Value, int] = {}  # value -> the oldest latents it rests on
     found: list[StepStaleness] = []
     starts: dict[tuple[int, int], int] = {}  # (rank, step) -> oldest latents of E in the same forward
