@@ -44,8 +44,7 @@ class Reference:
         self.S, self.w, self.time_shift, self.forecast = S, w, time_shift, forecast
         self.begin, self.num_scaled, self.channel_dim = begin, num_scaled, channel_dim
         self.fresh, self.damped, self.leads = set(fresh), damped, leads
-        self.points: list[tuple[float, torch.Tensor]] = []  # where the latents were, newest last
-        self.seen: list[tuple[Any, ...]] = []  # of each point: its weight, the change, the line, the bend
+        self.course = Course()
         self.changes: dict[tuple[str, int], dict[tuple[int, int], torch.Tensor]] = {}
         self.c_in: list[float] = []
         self.names = [name for names in stages for name in names]
@@ -62,7 +61,7 @@ class Reference:
         self.timestep_shape = timestep.shape
         if s == 0:
             self.c_in = input_scales(self.noise_scheduler, self.begin)
-        self.follow(float(self.noise_scheduler.timesteps[self.begin + s]), sample)
+        self.course.follow(float(self.noise_scheduler.timesteps[self.begin + s]), sample)
         if s < self.w:
             produced, prediction = self.evaluate(self.names, sample, timestep, conditions, self.nothing)
             self.keep(dict.fromkeys(produced, s), produced)
@@ -218,6 +217,36 @@ class Reference:
                 late[leaf] = self.line((name, -1 - leaf), now[leaf], before[leaf], b, a, s)
         return tree_unflatten(late, structure)
 
+    def latents(self, sample: torch.Tensor, b: int, q: int) -> torch.Tensor:
+        """What stands for the latents of step q in a round that begins with step b."""
+        if self.leads is None:
+            return self.scaled(sample, b, q)
+        if q == b:
+            return sample
+        t = float(self.noise_scheduler.timesteps[self.begin + q])
+        return self.course.continued(t).to(sample.dtype)
+
+    def timestep(self, q: int) -> torch.Tensor:
+        """Section 4."""
+        return self.noise_scheduler.timesteps[self.begin + (q - 1 if self.time_shift else q)]
+
+    def scaled(self, sample: torch.Tensor, b: int, q: int) -> torch.Tensor:
+        """Section 3, noise schedulers that scale the input by a factor of the step."""
+        if self.c_in[q] == self.c_in[b]:
+            return sample
+        n = sample.shape[self.channel_dim] if self.num_scaled is None else self.num_scaled
+        latents, others = sample.split([n, sample.shape[self.channel_dim] - n], self.channel_dim)
+        return torch.cat([latents * (self.c_in[q] / self.c_in[b]), others], self.channel_dim)
+
+
+class Course:
+    """Section 5: what something was at its last three points, and what it will be."""
+
+    def __init__(self, unknown: float = 1.0) -> None:
+        self.unknown = unknown  # alpha before anything is known of it
+        self.points: list[tuple[float, torch.Tensor]] = []  # newest last
+        self.seen: list[tuple[Any, ...]] = []  # of each point: its weight, the change, the line, the bend
+
     def follow(self, t: float, latents: torch.Tensor) -> None:
         """Section 5: how much of the line, and of the parabola's bend away from it, has come true, by least
         squares; each older point counts half. A second evaluation at the same t replaces the first."""
@@ -240,31 +269,46 @@ class Reference:
             whole = sum(w * float((way * way).sum()) for w, _, way in pairs)
             return min(1.0, max(0.0, along / whole)) if whole else unknown
 
+        if len(self.points) == 1:
+            return self.points[0][1]
         gamma = share([(w, change - line, bend) for w, change, line, bend in self.seen], 0.0)
-        alpha = share([(w, change, line + gamma * bend) for w, change, line, bend in self.seen], 1.0)
+        alpha = share([(w, change, line + gamma * bend) for w, change, line, bend in self.seen], self.unknown)
         newest, line, bend = self.parts(t)
         return newest + alpha * (line + gamma * bend)
 
-    def latents(self, sample: torch.Tensor, b: int, q: int) -> torch.Tensor:
-        """What stands for the latents of step q in a round that begins with step b."""
-        if self.leads is None:
-            return self.scaled(sample, b, q)
-        if q == b:
-            return sample
-        t = float(self.noise_scheduler.timesteps[self.begin + q])
-        return self.continued(t).to(sample.dtype)
 
-    def timestep(self, q: int) -> torch.Tensor:
-        """Section 4."""
-        return self.noise_scheduler.timesteps[self.begin + (q - 1 if self.time_shift else q)]
+class Refreshed:
+    """Section 7: the forward of a batch of two halves, of which the second is evaluated at every step, the
+    first in the `w` steps of warm-up and in every `k`-th from there; in between it is the second and what the
+    two have differed by, continued. `both`: a forward of the whole batch, or one for each half."""
 
-    def scaled(self, sample: torch.Tensor, b: int, q: int) -> torch.Tensor:
-        """Section 3, noise schedulers that scale the input by a factor of the step."""
-        if self.c_in[q] == self.c_in[b]:
-            return sample
-        n = sample.shape[self.channel_dim] if self.num_scaled is None else self.num_scaled
-        latents, others = sample.split([n, sample.shape[self.channel_dim] - n], self.channel_dim)
-        return torch.cat([latents * (self.c_in[q] / self.c_in[b]), others], self.channel_dim)
+    def __init__(self, both: Sequence[Callable[..., Any]], k: int, w: int = 1) -> None:
+        self.both, self.k, self.w, self.step = both, k, w, 0
+        self.difference = Course(unknown=0.0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        s, self.step = self.step, self.step + 1
+        first, second = ([half(each, i) for each in args] for i in range(2))
+        named_first, named_second = ({name: half(each, i) for name, each in kwargs.items()} for i in range(2))
+        if len(self.both) == 2:  # whose states go on from step to step
+            (one,), (other,) = self.both[0](*first, **named_first), self.both[1](*second, **named_second)
+        elif s < self.w or (s - self.w + 1) % self.k == 0:
+            one, other = self.both[0](*args, **kwargs)[0].chunk(2)
+        else:
+            (other,) = self.both[0](*second, **named_second)
+        if s < self.w or (s - self.w + 1) % self.k == 0:
+            self.difference.follow(float(s), one.double() - other.double())
+        else:
+            one = (other.double() + self.difference.continued(float(s))).to(other.dtype)
+        return (torch.cat([one, other]),)
+
+
+def half(value: Any, index: int) -> Any:
+    """Of what has a batch."""
+    if isinstance(value, dict):
+        return {name: half(each, index) for name, each in value.items()}
+    has_batch = isinstance(value, torch.Tensor) and value.ndim > 0
+    return value.chunk(2)[index] if has_batch else value
 
 
 def polynomial(points: list[tuple[float, torch.Tensor]], t: float) -> torch.Tensor:

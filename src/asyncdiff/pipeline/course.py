@@ -28,7 +28,7 @@ class Course:
 
     def __init__(self) -> None:
         self._first: dict[str, _First] | None = None
-        self._curves: dict[str, _Curve] | None = None
+        self._curves: dict[str, Curve] | None = None
 
     def observe(
         self, place: float, tensors: Mapping[str, torch.Tensor], *, latents: str, without: str | None
@@ -45,7 +45,7 @@ class Course:
                 }
                 return
             self._curves = {
-                name: _Curve(first.place, first.copy)
+                name: Curve(first.place, first.copy)
                 for name, first in self._first.items()
                 if name == latents or first.differs_from(inputs[name])
             }
@@ -80,7 +80,7 @@ class _First:
         return not torch.equal(later, self.copy)
 
 
-class _Curve:
+class Curve:
     """The last points of one input, and what is made of them: the newest, and from there as far along the
     line through the last two, with as much of the parabola's bend, as such ways have held.
 
@@ -89,9 +89,10 @@ class _Curve:
     higher order no parabola. A few thousand elements tell it well enough.
     """
 
-    def __init__(self, place: float, tensor: torch.Tensor) -> None:
+    def __init__(self, place: float, tensor: torch.Tensor, *, trusts_first_line: bool = True) -> None:
         self._points = [(place, tensor)]
         self._sums: torch.Tensor | None = None
+        self._trust = float(trusts_first_line)
 
     def observe(self, place: float, tensor: torch.Tensor) -> None:
         """Note a point. At a place that was noted before (a second evaluation of one step) it takes the
@@ -136,10 +137,9 @@ class _Curve:
         return [orders[0], *steps]
 
     def _held(self) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
-        """What the way along line and bend is multiplied by, and in it the bend, both between 0 and 1; a line
-        is trusted until one was seen."""
-        if self._sums is None:
-            return 1.0, 0.0
+        """What the way along line and bend is multiplied by, and in it the bend, both between 0 and 1."""
+        if self._sums is None:  # nobody has seen what becomes of a line
+            return self._trust, 0.0
         along_line, line_line, along_bend, line_bend, bend_bend = self._sums
         bend = ((along_bend - line_bend) / bend_bend.clamp_min(_TINY)).clamp(0.0, 1.0)
         along = along_line + bend * along_bend

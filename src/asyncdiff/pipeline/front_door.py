@@ -60,6 +60,7 @@ def parallelize(
     forecast: str = "latents",
     freshness: str = "auto",
     guidance: str = "auto",
+    guidance_refresh: int = 1,
     partition: PartitionRequest = None,
     plan: Plan | Mapping[str, Plan] | None = None,
     runtime: str = "auto",
@@ -72,18 +73,20 @@ def parallelize(
     halves of a batched denoiser call, or the two calls of a step, to two groups of devices. "together"
     divides all devices into stages; "auto" splits where the devices are an even number, neither
     `num_stages` nor a partition was asked for, and the first call is guided with a batch that can be
-    shared (docs/guidance.md). Without devices but with `num_stages`, all stages run in this process
-    (runtime "local"): the image that as many devices would give. Under torchrun every rank calls this;
-    ranks above 0 become workers and leave by `SystemExit(0)` when rank 0 ends. `stride`, `warmup_steps`,
-    `time_shift`: Chen et al. 2024, sections 3.2-3.3; `forecast`: "latents", "linear" or "damped"
-    (docs/method.md, section 5), or "none", as in the paper. `freshness`: "auto", so that a stage reads
-    what arrives in time at the step it was produced in (section 6), or "paper": one step late.
-    `warmup_steps="auto"`: at least one step runs in order, and then every one while the relative error of
-    the forecast is above `tolerance` (0.3); `last_run.steps_in_order` tells which. `partition`: "chain",
-    "nested", module names per stage, or None to choose the kind by speed, weights per device and traffic.
-    `plan`: a saved or edited plan, which then settles all of this but the runtime; for several denoisers
-    of different architectures one for each by name, as `handle.plans`. `compile`: every device compiles
-    its own blocks (`torch.compile`), unless they are compiled already.
+    shared (docs/guidance.md). `guidance_refresh=k`: after warm-up both halves of guidance are evaluated
+    at every k-th step only, and in between one is continued (same page). Without devices but with
+    `num_stages`, all stages run in this process (runtime "local"): the image that as many devices would
+    give. Under torchrun every rank calls this; ranks above 0 become workers and leave by `SystemExit(0)`
+    when rank 0 ends. `stride`, `warmup_steps`, `time_shift`: Chen et al. 2024, sections 3.2-3.3;
+    `forecast`: "latents", "linear" or "damped" (docs/method.md, section 5), or "none", as in the paper.
+    `freshness`: "auto", so that a stage reads what arrives in time at the step it was produced in
+    (section 6), or "paper": one step late. `warmup_steps="auto"`: at least one step runs in order, and
+    then every one while the relative error of the forecast is above `tolerance` (0.3);
+    `last_run.steps_in_order` tells which. `partition`: "chain", "nested", module names per stage, or
+    None to choose the kind by speed, weights per device and traffic. `plan`: a saved or edited plan,
+    which then settles all of this but the runtime; for several denoisers of different architectures one
+    for each by name, as `handle.plans`. `compile`: every device compiles its own blocks
+    (`torch.compile`), unless they are compiled already.
     Raises `ConfigurationError` before anything is started.
     """
     denoisers = denoisers_of(pipe)
@@ -97,6 +100,7 @@ def parallelize(
         forecast,
         freshness,
         guidance,
+        guidance_refresh,
         partition,
         plan,
         runtime,
@@ -117,6 +121,7 @@ class Wish:
     forecast: str = "latents"
     freshness: str = "auto"
     guidance: str = "auto"
+    guidance_refresh: int = 1
     partition: PartitionRequest = None
     plan: Plan | Mapping[str, Plan] | None = None
     runtime: str = "auto"
@@ -124,8 +129,10 @@ class Wish:
 
     @property
     def guidance_of_devices(self) -> str:
-        """As `settle_placement` takes it: a partition that was asked for is one of all devices."""
-        return "together" if self.guidance == "auto" and self.partition is not None else self.guidance
+        """As `settle_placement` takes it: a partition that was asked for is one of all devices, and a half
+        that is left out at times needs none of its own."""
+        is_settled = self.partition is not None or self.guidance_refresh != 1
+        return "together" if self.guidance == "auto" and is_settled else self.guidance
 
 
 def divide(
@@ -212,6 +219,7 @@ def _settings(placement: Placement, wish: Wish) -> Settings:
         wish.freshness,
         tolerance,
         placement.groups,
+        wish.guidance_refresh,
     )
 
 
@@ -254,6 +262,7 @@ def plan(
     forecast: str = "latents",
     freshness: str = "auto",
     guidance: str = "auto",
+    guidance_refresh: int = 1,
     partition: PartitionRequest = None,
     profile: bool = False,
     speeds: Sequence[float] | None = None,
@@ -275,7 +284,16 @@ def plan(
     denoiser = next(iter(denoisers.values()))
     device = device_of(denoisers.values())
     wish = Wish(
-        num_stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness, guidance, partition
+        num_stages,
+        stride,
+        warmup_steps,
+        tolerance,
+        time_shift,
+        forecast,
+        freshness,
+        guidance,
+        guidance_refresh,
+        partition,
     )
     placement = settle_placement(devices, num_stages, stride, "auto", device, wish.guidance_of_devices)
     settings = _settings(placement, wish)

@@ -34,8 +34,9 @@ from asyncdiff.pipeline.denoiser import refuse_compiled, refuse_offloading
 from asyncdiff.pipeline.devices import have_room
 from asyncdiff.pipeline.forward import current_forward, put_forward
 from asyncdiff.pipeline.guards import guard_names, install_guards, refuse_other_ways, remove_guards
-from asyncdiff.pipeline.next_round import Seen, following_round, seen
+from asyncdiff.pipeline.next_round import Seen, following_round, in_advance, seen
 from asyncdiff.pipeline.partition_request import PartitionRequest
+from asyncdiff.pipeline.refresh import FirstCall, GuidedRun, Halves
 from asyncdiff.pipeline.report import CallRecord, RunRecord
 from asyncdiff.pipeline.run_state import (
     ChannelState,
@@ -158,6 +159,7 @@ class Installation:
         self._shared_batches: dict[Any, SharedBatch | None] = {}
         self._parts_memory: dict[tuple[int, Any], PartsMemory] = {}
         self._turns = Turns()
+        self._guided: dict[int, GuidedRun] = {}
         self._channels: dict[tuple[int, Any], ChannelState] = {}
         self._warned: set[str] = set()
         self._last_seen: tuple[int, Any, list[Seen]] | None = None
@@ -244,37 +246,122 @@ class Installation:
             self._decide_groups(inputs)
             call = self._place(inputs)
             self.groups.end_runs(self._forget_ended_runs())
-            parts = self._parts(call, inputs)
-            analyses = [self._analysis(part) for part in parts]
-            pieces = self._pieces(call, parts, analyses)
-            leaves = self._predict(call, inputs, pieces)
-            output = analyses[0].output.rebuild(leaves)
+            halves = self._halves(call, inputs)
+            if halves is None or halves.shared is None:
+                parts = self._parts(call, inputs)
+                pieces = self._pieces(call, parts, [self._analysis(part) for part in parts], halves)
+                leaves = self._whole(call, inputs, pieces, halves)
+            else:
+                pieces, leaves = self._half_by_half(call, inputs, halves)
+            output = pieces[0].state.analysis.output.rebuild(leaves)
             self._note_call(call, pieces, start_s)
             return output
 
-    def _predict(self, call: PlacedCall, whole: Inputs, pieces: Sequence[Piece]) -> list[torch.Tensor]:
-        """The tensor leaves of the prediction, of all parts of the batch one after the other."""
+    def _whole(
+        self, call: PlacedCall, whole: Inputs, pieces: Sequence[Piece], halves: Halves | None
+    ) -> list[torch.Tensor]:
+        """The tensor leaves of the prediction, of all parts of the batch one after the other. `halves`: of a
+        second call."""
+        of_parts = self._predict(call, whole, pieces)
+        guided = self._guided.get(call.run)
+        if halves is not None and guided is not None:
+            first, step = guided.first_call(call), call.position.step
+            assert first is not None
+            if not of_parts:
+                return halves.left_out(step, first.leaves)
+            halves.observe(step, first.leaves, of_parts[0])
+        if guided is not None and call.position.new_step:
+            guided.note_first_call(call, whole, of_parts[0])
+        return of_parts[0] if len(of_parts) == 1 else _joined(of_parts)
+
+    def _half_by_half(
+        self, call: PlacedCall, whole: Inputs, halves: Halves
+    ) -> tuple[list[Piece], list[torch.Tensor]]:
+        """The tensor leaves of the prediction for a batch of two halves, of which the first is left out where
+        it can be.
+
+        One stage has no states to keep, so there both are evaluated at once where they are. The half that is
+        evaluated at every step is the prompt's in diffusers: with guidance scale g an error of the other then
+        counts g - 1 times, else it would count g times.
+        """
+        position, begin = call.position, halves.first_step
+        step, channel = position.step, position.channel
+        names = [(channel, part) for part in range(2)]
+        if self.settings.num_stages == 1:
+            state = self._channel_state(call, channel, self._analysis(whole), begin=begin, refreshed=True)
+            if state.schedule.is_predicted(step):
+                pieces = [Piece(0, channel, whole, state)]
+                (leaves,) = self._predict(call, whole, pieces)
+                of_halves = [leaf.chunk(2) for leaf in leaves]
+                halves.observe(step, [last for _, last in of_halves], [first for first, _ in of_halves])
+                return pieces, leaves
+            wanted = [1]
+        else:
+            self._channels.pop((call.run, channel), None)
+            wanted = [1, 0]
+        parts = halves.parts(whole)
+        pieces = [
+            Piece(
+                0,
+                names[part],
+                parts[part],
+                self._channel_state(
+                    call, names[part], self._analysis(parts[part]), begin=begin, refreshed=part == 0
+                ),
+            )
+            for part in wanted
+        ]
+        evaluated, *others = self._predict(call, whole, pieces)
+        for left_out in others:
+            halves.observe(step, evaluated, left_out)
+        left_out = others[0] if others else halves.left_out(step, evaluated)
+        return pieces, _joined([left_out, evaluated])
+
+    def _predict(self, call: PlacedCall, whole: Inputs, pieces: Sequence[Piece]) -> list[list[torch.Tensor]]:
+        """Of each piece that is predicted at this step, the tensor leaves."""
         step = call.position.step
-        last_seen = self._note_seen(call, pieces)
+        seen_before = self._note_seen(call, pieces)
         self._foretell(call, pieces)
-        rounds: dict[int, RoundCall] = {}
+        rounds: dict[int, list[tuple[Piece, Seen | None]]] = {}
         for index, piece in enumerate(pieces):
             piece.state.note_inputs(call, piece.inputs)
-            if piece.state.schedule.round_of(step).first_step == step:
-                before = last_seen[index] if last_seen is not None else None
-                rounds[piece.group] = self._round(call, whole, piece, before)
+            round_ = piece.state.schedule.round_of(step)
+            if round_.first_step == step and any(round_.ops):
+                before = None if seen_before is None else seen_before[index]
+                rounds.setdefault(piece.group, []).append((piece, before))
         if rounds:
-            self.groups.run_rounds(call.run, rounds)
-        channels = {piece.group: piece.channel for piece in pieces}
-        of_parts = self.groups.predictions(call.run, channels, step)
-        for leaves, piece in zip(of_parts, pieces, strict=True):
+            in_turn = {group: self._in_turn(call, whole, own) for group, own in rounds.items()}
+            self.groups.run_rounds(call.run, in_turn)
+        predicted = [piece for piece in pieces if piece.state.schedule.is_predicted(step)]
+        channels = [(piece.group, piece.channel) for piece in predicted]
+        of_pieces = self.groups.predictions(call.run, channels, step)
+        for leaves, piece in zip(of_pieces, predicted, strict=True):
             if piece.state.settings.tolerance is not None:
                 piece.state.note_error(step, leaves.pop().item())
-        if len(of_parts) == 1:
-            return of_parts[0]
-        return [torch.cat(leaves) for leaves in zip(*of_parts, strict=True)]
+        return of_pieces
 
-    def _round(self, call: PlacedCall, whole: Inputs, piece: Piece, before: Seen | None) -> RoundCall:
+    def _in_turn(
+        self, call: PlacedCall, whole: Inputs, pieces: Sequence[tuple[Piece, Seen | None]]
+    ) -> list[RoundCall]:
+        """The rounds of one group in this step, one after the other, each with what comes after it: after the
+        last one, the next round of the first piece."""
+        rounds = [self._round(call, whole, piece) for piece, _ in pieces]
+        first, before = pieces[0]
+        following: list[RoundCall | None] = [
+            None if seen_before is None else in_advance(round_, piece.inputs, seen_before)
+            for round_, (piece, seen_before) in zip(rounds[1:], pieces[1:], strict=True)
+        ]
+        # With the gate, whether the next one runs in order is not known yet.
+        if before is not None and rounds[0].info.gauged is None:
+            next_one = following_round(call, first.inputs, whole, rounds[0].info, first.state, before)
+        else:
+            next_one = None
+        return [
+            replace(round_, following=later)
+            for round_, later in zip(rounds, [*following, next_one], strict=True)
+        ]
+
+    def _round(self, call: PlacedCall, whole: Inputs, piece: Piece) -> RoundCall:
         inputs, state = piece.inputs, piece.state
         step = call.position.step
         if state.settings.tolerance is not None and not state.error <= state.settings.tolerance:
@@ -301,13 +388,9 @@ class Installation:
             latents_name=inputs.latents,
             gauged=settings.forecast if settings.tolerance is not None else None,
         )
-        following = None
-        # With the gate, whether the next one runs in order is not known yet.
-        if before is not None and info.gauged is None:
-            following = following_round(call, inputs, whole, info, state, before)
         round_ = state.schedule.round_of(step)
         continued = {ahead: state.course.continued(state.place(ahead)) for ahead in steps_ahead(round_)}
-        return RoundCall(info, round_, inputs.tensors(), continued, following)
+        return RoundCall(info, round_, inputs.tensors(), continued)
 
     def _note_seen(self, call: PlacedCall, pieces: Sequence[Piece]) -> list[Seen] | None:
         """What the parts of the call before were given, by which the round after this one is foreseen; None
@@ -318,9 +401,15 @@ class Installation:
             return None
         return before[2] if len(before[2]) == len(pieces) else None
 
-    def _pieces(self, call: PlacedCall, parts: Sequence[Inputs], analyses: Sequence[Analysis]) -> list[Piece]:
+    def _pieces(
+        self,
+        call: PlacedCall,
+        parts: Sequence[Inputs],
+        analyses: Sequence[Analysis],
+        halves: Halves | None,
+    ) -> list[Piece]:
         """What each group has to do. A call that is taken apart in another way than the last one starts
-        anew."""
+        anew. `halves`: of a second call."""
         channel = call.position.channel
         of_parts = [(channel, part) for part in range(MAX_GROUPS)]
         channels = [channel] if len(analyses) == 1 else of_parts[: len(analyses)]
@@ -329,25 +418,54 @@ class Installation:
                 self._channels.pop((call.run, other), None)
         groups = range(len(parts)) if len(parts) > 1 else [self._turns.group_of(call, self.settings.groups)]
         return [
-            Piece(group, each, part, self._channel_state(call, each, analysis, driver_computes=group == 0))
+            Piece(
+                group,
+                each,
+                part,
+                self._channel_state(
+                    call, each, analysis, driver_computes=group == 0, refreshed=halves is not None
+                ),
+            )
             for group, each, part, analysis in zip(groups, channels, parts, analyses, strict=True)
         ]
 
     def _channel_state(
-        self, call: PlacedCall, channel: Any, analysis: Analysis, *, driver_computes: bool
+        self,
+        call: PlacedCall,
+        channel: Any,
+        analysis: Analysis,
+        *,
+        driver_computes: bool = True,
+        refreshed: bool = False,
+        begin: int | None = None,
     ) -> ChannelState:
+        """`refreshed`: only some steps are predicted; `begin`: the first step of its schedule, if it is new;
+        None for that of the call."""
         key = (call.run, channel)
         state = self._channels.get(key)
-        if state is None or not state.follows(call.position, analysis):
+        if state is not None and state.is_refreshed and not refreshed:
+            state.predict_all(call.position.step)
+        if state is None or not state.follows(call.position, analysis) or state.is_refreshed != refreshed:
+            settings = self.settings if refreshed else replace(self.settings, guidance_refresh=1)
             # A gate looks at how well states are forecast, so they are what is.
-            gated = self.settings.tolerance is not None and self.settings.forecast == "latents"
-            settings = with_line(self.settings) if gated else self.settings
-            schedule = self._schedule(call.position, analysis, settings, driver_computes=driver_computes)
-            state = self._channels[key] = ChannelState(analysis, settings, schedule)
+            if settings.tolerance is not None and settings.forecast == "latents":
+                settings = with_line(settings)
+            first_step = call.position.step if begin is None else begin
+            schedule = self._schedule(
+                call.position, first_step, analysis, settings, driver_computes=driver_computes
+            )
+            state = ChannelState(analysis, settings, schedule, is_refreshed=refreshed)
+            self._channels[key] = state
         return state
 
     def _schedule(
-        self, position: Position, analysis: Analysis, settings: Settings, *, driver_computes: bool
+        self,
+        position: Position,
+        first_step: int,
+        analysis: Analysis,
+        settings: Settings,
+        *,
+        driver_computes: bool,
     ) -> Schedule:
         """From this step to the end of the run; a call that cannot be placed is a run of one step."""
         num_steps = position.num_steps if position.placed and position.num_steps else position.step + 1
@@ -355,10 +473,60 @@ class Installation:
             analysis.partition.kind,
             analysis.wiring,
             settings,
-            position.step,
+            first_step,
             num_steps,
             driver_computes=driver_computes,
         )
+
+    # -- guidance's halves -----------------------------------------------------------------------------------
+
+    def _halves(self, call: PlacedCall, inputs: Inputs) -> Halves | None:
+        """The halves of guidance that this call is of, if one of them can be left out at times."""
+        if self.settings.guidance_refresh == 1:
+            return None
+        guided = self._guided.setdefault(call.run, GuidedRun())
+        position, key = call.position, inputs.key()
+        if position.new_step and position.step == 1 and not guided.is_refreshed:
+            refresh = f"guidance_refresh={self.settings.guidance_refresh}"
+            self._warn("refresh", f"{refresh} changes nothing in this run: {guided.reason}.")
+        halves = guided.halves(position.channel)
+        first = guided.first_call(call)
+        is_new = not guided.knows(position.channel, key)
+        if halves is not None:
+            is_alone = halves.shared is None and first is None
+            is_new = is_new or is_alone or halves.first_step < position.first_step
+        if is_new or (halves is not None and halves.is_to_be_checked(position.step)):
+            found = self._find_halves(call, inputs, first)
+            if is_new or isinstance(found, str):
+                guided.settle(position.channel, key, found)
+        return guided.halves(position.channel)
+
+    def _find_halves(self, call: PlacedCall, inputs: Inputs, first: FirstCall | None) -> Halves | str:
+        """Guidance shows in the latents: both halves have the same. Else why nothing can be left out.
+
+        `first`: the first call of this step, if this is another.
+        """
+        key, step = inputs.key(), call.position.step
+        pipe = calling_pipeline(self.denoiser, self.name) or self.pipe
+        if is_guided(pipe) is False:
+            return "the pipeline says that guidance is off"
+        conditions = Conditions(self.settings, call, inputs, inputs)
+        if self.settings.num_stages > 1 and not conditions.can_foresee():
+            return "stages have to work ahead for it, but the timesteps to come are not known"
+        latents = inputs.tensors()[inputs.latents]
+        if first is None:
+            if batch_size(inputs) % 2 == 0 and torch.equal(*latents.chunk(2)):
+                shared = self._find_shared_batch(inputs, 2)
+                if shared is not None:
+                    return Halves(key, step, shared)
+            return f"a denoiser call has a batch of {batch_size(inputs)}, which is not guidance's two halves"
+        if not self._turns.channels(call.run) <= {first.channel, call.position.channel}:
+            self._guided[call.run].end_pairs()
+            return "a step has more than two denoiser calls"
+        first_latents = first.inputs.tensors()[first.inputs.latents]
+        if latents.shape == first_latents.shape and torch.equal(latents, first_latents):
+            return Halves(key, step, None)
+        return "a step has two denoiser calls with other latents"
 
     # -- the parts of a batch --------------------------------------------------------------------------------
 
@@ -378,7 +546,7 @@ class Installation:
                 trial = state.copied()
                 trial.note_inputs(guess.call, guess.inputs)
                 piece = Piece(guess.group, channel, guess.inputs, trial)
-                round_ = self._round(guess.call, guess.inputs, piece, None)
+                round_ = self._round(guess.call, guess.inputs, piece)
                 # One version more is kept than it reads: should the guess be wrong, the round is run again.
                 info = replace(round_.info, history_depth=round_.info.history_depth + 1)
                 self.groups.foretell(guess.group, replace(round_, info=info))
@@ -479,6 +647,7 @@ class Installation:
         ended = self._runs.take_ended()
         self._channels = {key: state for key, state in self._channels.items() if key[0] not in ended}
         self._turns.forget(ended)
+        self._guided = {run: guided for run, guided in self._guided.items() if run not in ended}
         self._parts_memory = {
             key: memory for key, memory in self._parts_memory.items() if key[0] not in ended
         }
@@ -626,6 +795,11 @@ def _foresee(call: PlacedCall, whole: Inputs, inputs: Inputs, state: ChannelStat
         state.foreseen, state.is_sure = conditions.foreseen(state.schedule.num_steps)
     else:
         state.forecast_states(call.position.step)
+
+
+def _joined(of_parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The tensor leaves of a prediction, of all parts of the batch one after the other."""
+    return [torch.cat(leaves) for leaves in zip(*of_parts, strict=True)]
 
 
 class _ContextNames(threading.local):

@@ -53,11 +53,7 @@ def following_round(
     conditions = Conditions(state.settings, later, inputs, whole).for_round(following, state.known_arguments)
     if conditions is None:
         return None
-    tensors = {
-        name: tensor
-        for name, tensor in inputs.tensors().items()
-        if name in before and before[name][0] is tensor and before[name][1] == version_of(tensor) >= 0
-    }
+    tensors = _unchanged(inputs, before)
     floats = dict(info.floats)
     name = str(info.timestep_name)
     if isinstance(timestep, torch.Tensor):
@@ -69,6 +65,24 @@ def following_round(
         info, first_step=step, floats=floats, conditions=conditions, history_depth=info.history_depth + 1
     )
     return RoundCall(ahead, following, tensors)
+
+
+def in_advance(round_: RoundCall, inputs: Inputs, before: Seen) -> RoundCall:
+    """A round of this very step, but later in it, with the inputs that need not be transferred: those that
+    did not change since the step `before`, and the timestep unless it is on a GPU."""
+    tensors, name = _unchanged(inputs, before), round_.info.timestep_name
+    given = inputs.tensors()
+    if name in given and given[name].device.type == "cpu":
+        tensors[name] = given[name]
+    return replace(round_, tensors=tensors, continued={})
+
+
+def _unchanged(inputs: Inputs, before: Seen) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for name, tensor in inputs.tensors().items()
+        if name in before and before[name][0] is tensor and before[name][1] == version_of(tensor) >= 0
+    }
 
 
 def at_step(call: PlacedCall, step: int) -> PlacedCall:

@@ -31,10 +31,10 @@ class ChannelState:
 
     `settings`: what the schedule was built from. `arguments`: timestep argument of the denoiser by step;
     `foreseen`: of all steps to come, where latents are continued, and whether they are known (`is_sure`).
-    `in_order`: the steps after warm-up that run in
-    order. `error`: the relative error of the forecasts, as far as the last round's predictions told; infinite
-    before any has. `course`: what the inputs have been, where they are continued; `places`: the steps' places
-    on it.
+    `in_order`: the steps after warm-up that run in order. `is_refreshed`: it was begun so that some of its
+    predictions are left out. `error`: the relative error of the forecasts, as far as the last round's
+    predictions told; infinite before any has. `course`: what the inputs have been, where they are continued;
+    `places`: the steps' places on it.
     """
 
     analysis: Analysis
@@ -44,6 +44,7 @@ class ChannelState:
     foreseen: dict[int, Any] = field(default_factory=dict)
     is_sure: bool = False
     in_order: frozenset[int] = frozenset()
+    is_refreshed: bool = False
     error: float = math.inf
     course: Course = field(default_factory=Course)
     places: dict[int, float] = field(default_factory=dict)
@@ -96,9 +97,18 @@ class ChannelState:
         self._reschedule(self.schedule.first_step)
 
     def forecast_states(self, step: int) -> None:
-        """Continue states instead of latents from `step` on, which no round has been started for: if any has
-        worked ahead by then, from the beginning."""
-        self.settings = with_line(self.settings)
+        """Continue states instead of latents from `step` on, which no round has been started for."""
+        self._follow(with_line(self.settings), step)
+
+    def predict_all(self, step: int) -> None:
+        """Leave no prediction out from `step` on, which no round has been started for."""
+        self.is_refreshed = False
+        self._follow(replace(self.settings, guidance_refresh=1), step)
+
+    def _follow(self, settings: Settings, step: int) -> None:
+        """Other settings from `step` on: as if they had been so from the beginning, if no round has worked
+        ahead; else warm-up starts again."""
+        self.settings = settings
         first = self.schedule.first_step
         has_worked_ahead = not all(self.schedule.round_of(before).in_order for before in range(first, step))
         self._reschedule(step if has_worked_ahead else first)
@@ -170,12 +180,13 @@ def _schedule_for(
         fresh_crossings=fresh_crossings,
         in_order_steps=in_order,
         driver_computes=driver_computes,
+        refresh_every=settings.guidance_refresh,
     )
 
 
 def with_line(settings: Settings) -> Settings:
-    """The settings for a run whose latents cannot be continued."""
-    return replace(settings, forecast="linear")
+    """The settings for a run whose latents cannot be continued; no half of guidance is left out then."""
+    return replace(settings, forecast="linear", guidance_refresh=1)
 
 
 class Conditions:

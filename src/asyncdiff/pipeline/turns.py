@@ -6,7 +6,7 @@ will be given is known before: what it was given at the last step, with the late
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,9 +46,13 @@ class Turns:
     def note(self, call: PlacedCall, inputs: Inputs) -> None:
         self._last[call.run, call.position.channel] = (call, inputs)
 
+    def channels(self, run: int) -> Set[Channel]:
+        """Of the calls that the steps of this run have had."""
+        return set(self._order.get(run, ()))
+
     def num_calls(self, run: int) -> int:
         """How many calls a step of this run has had at most."""
-        return len(self._order.get(run, ()))
+        return len(self.channels(run))
 
     def guesses(self, call: PlacedCall, inputs: Inputs, groups: int) -> Iterator[Guess]:
         """At the first call of a step, the others that were made at the last step too."""

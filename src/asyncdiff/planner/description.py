@@ -21,10 +21,11 @@ def _heading(plan: Plan) -> str:
     shift = ", time shift" if plan.time_shift else ""
     more = f" or more (tolerance {plan.tolerance:g})" if plan.tolerance is not None else ""
     groups = f", the batch shared by {plan.groups} groups" if plan.groups > 1 else ""
+    refresh = f", guidance refreshed every {plan.guidance_refresh} steps" if plan.guidance_refresh > 1 else ""
     return (
         f"{plan.kind} of {plan.num_stages}, stride {plan.stride}, {plan.warmup_steps} warm-up "
         f"step{'s' * (plan.warmup_steps != 1)}{more}, forecast {plan.forecast}, "
-        f"freshness {plan.freshness}{shift}{groups}"
+        f"freshness {plan.freshness}{shift}{groups}{refresh}"
     )
 
 

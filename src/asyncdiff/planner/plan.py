@@ -33,9 +33,9 @@ class Plan:
     says what a name covers). `devices`: one per rank (`num_stages + stride - 1`), group after group where
     `groups` of them share the batch of a call, each divided likewise; or a single one that runs everything in
     turn. `fresh`: (leaf, reading segment) of what arrives in time to be read in the round
-    that produces it; with freshness "paper" nothing. `tolerance` as in `Settings`. `threads_per_device`:
-    intra-op threads of a CPU worker, None for whatever it has. `predictions`: None where nothing was
-    predicted. Raises `ConfigurationError` for values that do not fit.
+    that produces it; with freshness "paper" nothing. `tolerance`, `guidance_refresh` as in `Settings`.
+    `threads_per_device`: intra-op threads of a CPU worker, None for whatever it has. `predictions`: None
+    where nothing was predicted. Raises `ConfigurationError` for values that do not fit.
     """
 
     kind: str
@@ -51,6 +51,7 @@ class Plan:
     threads_per_device: int | None = None
     predictions: Predictions | None = None
     groups: int = 1
+    guidance_refresh: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,6 +63,11 @@ class Plan:
                 f"A plan of {self.num_stages} stages with stride={self.stride} needs "
                 f"{self.settings.num_workers} devices (num_stages + stride - 1{self._in_groups}), or one "
                 f"that runs them all in turn, but it lists {len(self.devices)}."
+            )
+        if self.guidance_refresh > 1 and self.kind == "nested" and self.num_stages > 1:
+            raise ConfigurationError(
+                f"guidance_refresh={self.guidance_refresh} goes with a chain: in a nested split no stage "
+                'works ahead. Use partition="chain".'
             )
         if self.fresh and self.freshness == "paper":
             raise ConfigurationError('A plan with freshness "paper" reads nothing fresh, but lists leaves.')
@@ -83,6 +89,7 @@ class Plan:
             self.freshness,
             self.tolerance,
             self.groups,
+            self.guidance_refresh,
         )
 
     @property
@@ -213,4 +220,5 @@ def make_plan(
         threads_per_device=threads_per_device,
         predictions=replace(predictions, speeds=None if all_speeds is None else tuple(all_speeds)),
         groups=settings.groups,
+        guidance_refresh=settings.guidance_refresh,
     )

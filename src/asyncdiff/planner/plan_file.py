@@ -39,7 +39,15 @@ def fields_from_json(text: str) -> dict[str, Any]:
         data,
         _PLAN,
         required=_PLAN.keys()
-        - {"threads_per_device", "predictions", "freshness", "fresh", "tolerance", "groups"},
+        - {
+            "threads_per_device",
+            "predictions",
+            "freshness",
+            "fresh",
+            "tolerance",
+            "groups",
+            "guidance_refresh",
+        },
     )
 
 
@@ -129,4 +137,5 @@ _PLAN = {
     "threads_per_device": _optional(_exactly(int)),
     "predictions": _optional(_read_predictions),
     "groups": _exactly(int),
+    "guidance_refresh": _exactly(int),
 }

@@ -51,11 +51,13 @@ class Groups:
         for executor in self.executors:
             executor.end_runs(runs)
 
-    def run_rounds(self, run: int, calls: Mapping[int, RoundCall]) -> None:
-        """Start a round in each of these groups; returns when this process's own part is done."""
+    def run_rounds(self, run: int, calls: Mapping[int, Sequence[RoundCall]]) -> None:
+        """Start rounds in each of these groups, one after the other; returns when this process's own part is
+        done."""
         try:
             for group in sorted(calls, reverse=True):  # the others compute while this process does
-                self.executors[group].run_round(calls[group])
+                for call in calls[group]:
+                    self.executors[group].run_round(call)
         except BaseException:
             self._abandon(run)
             raise
@@ -64,15 +66,13 @@ class Groups:
         """As `Executor.foretell`, of one group."""
         self.executors[group].foretell(call)
 
-    def predictions(self, run: int, channels: Mapping[int, Hashable], step: int) -> list[list[torch.Tensor]]:
-        """The tensor leaves of a prediction of a started round of each channel, waited for.
-
-        `channels`: one of each of these groups.
-        """
+    def predictions(
+        self, run: int, channels: Sequence[tuple[int, Hashable]], step: int
+    ) -> list[list[torch.Tensor]]:
+        """The tensor leaves of a prediction of a started round of each of these groups and channels, waited
+        for."""
         try:
-            return [
-                self.executors[group].prediction(run, channel, step) for group, channel in channels.items()
-            ]
+            return [self.executors[group].prediction(run, channel, step) for group, channel in channels]
         except BaseException:
             self._abandon(run)
             raise

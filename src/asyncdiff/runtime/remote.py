@@ -411,16 +411,21 @@ class RemoteExecutor:
         last = self._last_inputs.setdefault(receiver, {})
         for name in needed:
             tensor = tensors[name]
-            version = version_of(tensor)
-            if version >= 0 and name in last and last[name][0] is tensor and last[name][1] == version:
+            if self._has_been_sent(receiver, name, tensor):
                 yield KeptInput(name)
-            elif tensor.device.type == "cpu" and (
-                tensor.nbytes <= _INLINE_BYTES or self._device.type != "cpu"
-            ):
+            elif self._fits_in_message(tensor):
                 yield InlineInput(name, tensor_spec(tensor), bytes_of(tensor))
             else:
                 yield TransferredInput(name, tensor_spec(tensor))
-            last[name] = (tensor, version)
+            last[name] = (tensor, version_of(tensor))
+
+    def _has_been_sent(self, receiver: tuple[int, int, Hashable], name: str, tensor: torch.Tensor) -> bool:
+        last, version = self._last_inputs.get(receiver, {}), version_of(tensor)
+        return version >= 0 and name in last and last[name][0] is tensor and last[name][1] == version
+
+    def _fits_in_message(self, tensor: torch.Tensor) -> bool:
+        is_small = tensor.nbytes <= _INLINE_BYTES or self._device.type != "cpu"
+        return tensor.device.type == "cpu" and is_small
 
     # -- the round after this one --
 
@@ -429,11 +434,24 @@ class RemoteExecutor:
         at work here. `may_wait` as in `Announcement`."""
         if self._unforeseen[call.info.run] >= _MOST_UNFORESEEN:
             return
-        self._announcement = announce(call, self._needed[call.info.key], self._rank_stages, may_wait=may_wait)
-        if self._announcement is not None:
+        announcement = announce(call, self._needed[call.info.key], self._rank_stages, may_wait=may_wait)
+        if announcement is not None and (may_wait or self._needs_no_transfer(announcement)):
+            self._announcement = announcement
             for rank, connection in self._connections():
                 if rank in self._announcement.ranks:
                     self._dispatch(rank, connection, call)
+
+    def _needs_no_transfer(self, announcement: Announcement) -> bool:
+        """What is transferred now would come before the states of the round that this process is about to
+        compute, where a transport has one order for everything. An input that has changed since the last
+        round of a half of guidance that is left out would have to be."""
+        call = announcement.call
+        return all(
+            self._has_been_sent((rank, call.info.run, call.info.channel), name, call.tensors[name])
+            or self._fits_in_message(call.tensors[name])
+            for rank in announcement.ranks
+            for name in self._needed[call.info.key][self._stage_of(rank)]
+        )
 
     def _told_already(self, call: RoundCall) -> frozenset[int]:
         """The ranks that the round has been announced to. If something else was announced, it is over."""
