@@ -313,6 +313,8 @@ def plan(
             shared = find_shared_batch(skeleton, inputs, 2, device)
         if shared is not None:
             settings = replace(settings, num_stages=placement.split_stages, groups=2)
+    elif settings.guidance_refresh > 1 and is_guided(pipe) is not False:
+        shared = find_shared_batch(skeleton, inputs, 2, device)
     elif settings.groups > 1:
         ways = (find_shared_batch(skeleton, inputs, parts, device) for parts in range(settings.groups, 1, -1))
         shared = next((way for way in ways if way is not None), None)

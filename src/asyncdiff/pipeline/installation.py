@@ -287,7 +287,9 @@ class Installation:
         position, begin = call.position, halves.first_step
         step, channel = position.step, position.channel
         names = [(channel, part) for part in range(2)]
+        parts = halves.parts(whole)
         if self.settings.num_stages == 1:
+            self._analysis(parts[1])  # a plan is for what is evaluated most
             state = self._channel_state(call, channel, self._analysis(whole), begin=begin, refreshed=True)
             if state.schedule.is_predicted(step):
                 pieces = [Piece(0, channel, whole, state)]
@@ -299,7 +301,6 @@ class Installation:
         else:
             self._channels.pop((call.run, channel), None)
             wanted = [1, 0]
-        parts = halves.parts(whole)
         pieces = [
             Piece(
                 0,

@@ -14,7 +14,8 @@ from asyncdiff.planner.partitioning import stage_speeds
 @dataclass(frozen=True)
 class Predictions:
     """Figures of a partition on stated devices; seconds are as good as the block seconds they come from.
-    Where groups of devices share the batch of a call, they are those of one group, and of its part of it.
+    Where groups of devices share the batch of a call, they are those of one group, and of its part of it;
+    with `guidance_refresh` those of one half.
 
     `segment_seconds`: per segment, on a device of speed 1, glue counted with the first segment of each
     stage (as `simulate` wants them). `stage_seconds`: per stage, a round on its own (slowest) device, of

@@ -17,7 +17,9 @@ def simulate(
 ) -> Timeline:
     """The simulated timeline of a run of `num_steps` steps by a plan, from the seconds and bytes it predicts.
 
-    Groups are simulated one by one, and a step takes as long as in the slowest of them. `driver_seconds`: the
+    Groups are simulated one by one, and a step takes as long as in the slowest of them. With
+    `guidance_refresh`, both halves of guidance take turns, each as long as the plan's seconds say for one of
+    them, also where one device evaluates both at once. `driver_seconds`: the
     pipeline's own work per step, None for what the plan was made with. Raises `ConfigurationError` where the
     plan has no predictions or the machine another number of devices.
     """
@@ -56,6 +58,7 @@ def _simulate_group(
         driver_seconds=plan.predictions.driver_seconds if driver_seconds is None else driver_seconds,
         # A timestep on another device cannot be looked at without waiting: nobody is told of it in advance.
         latents_stages=plan.predictions.latents_stages if plan.devices[0] == "cpu" else None,
+        second=schedule_of(plan, num_steps, is_left_out=True) if plan.guidance_refresh > 1 else None,
     )
 
 
@@ -71,9 +74,12 @@ def _side_by_side(timelines: Sequence[Timeline], size: int) -> Timeline:
     return Timeline(tuple(sorted(spans, key=lambda span: (span.start_s, span.rank))), total_s, steps)
 
 
-def schedule_of(plan: Plan, num_steps: int, *, driver_computes: bool = True) -> Schedule:
+def schedule_of(
+    plan: Plan, num_steps: int, *, driver_computes: bool = True, is_left_out: bool = False
+) -> Schedule:
     """The schedule of a run of `num_steps` steps by a plan that has predictions, of its first group or (where
-    not `driver_computes`) of another."""
+    not `driver_computes`) of another. `is_left_out`: of the half of guidance that only some steps evaluate.
+    """
     assert plan.predictions is not None
     return build_schedule(
         kind=plan.kind,
@@ -87,4 +93,5 @@ def schedule_of(plan: Plan, num_steps: int, *, driver_computes: bool = True) -> 
         crossings=[(producer, reader) for producer, reader, _ in plan.predictions.crossing_bytes],
         fresh_crossings=[(producer, reader) for producer, reader, _ in plan.predictions.fresh_leads],
         driver_computes=driver_computes,
+        refresh_every=plan.guidance_refresh if is_left_out else 1,
     )

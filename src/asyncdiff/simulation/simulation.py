@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.schedule.ops import Compute, Op, Predict, Read, Recv, Send, SendPrediction, Value
@@ -22,6 +22,7 @@ def simulate(
     driver_seconds: float = 0.0,
     latents_stages: Collection[int] | None = None,
     fresh_leads: Mapping[tuple[int, int], float] | None = None,
+    second: Schedule | None = None,
 ) -> Timeline:
     """The timeline of one run of a valid schedule on a machine.
 
@@ -31,7 +32,9 @@ def simulate(
     read what the driver makes of a prediction, None for all. `fresh_leads`: (producing segment, reading
     segment) -> how many seconds after the producer's start, on a device of speed 1, the reader can start so
     that the leaves it reads fresh are there when it comes to them (`fresh_reads`); pairs that are missing
-    wait for the whole segment.
+    wait for the whole segment. `second`: of the same ranks and rounds, each of which comes after the one of
+    `schedule` (the half of guidance that is left out at times); a prediction is waited for when both have
+    been started.
 
     A worker starts a round when the driver dispatches it, one latency after the driver has finished the step
     before (the latents' own bytes are left out); one whose stage reads no latents is told of a round when the
@@ -49,6 +52,11 @@ def simulate(
         raise ConfigurationError(
             f"The schedule has {schedule.num_segments} segments, but seconds for {len(segment_seconds)}."
         )
+    if second is not None and (second.num_ranks, len(second.rounds)) != (
+        schedule.num_ranks,
+        len(schedule.rounds),
+    ):
+        raise ConfigurationError("The second schedule has other ranks or rounds than the first.")
     waiting = [
         latents_stages is None or schedule.stage_of_rank(rank) in latents_stages
         for rank in range(schedule.num_ranks)
@@ -63,7 +71,7 @@ def simulate(
         waiting,
         fresh_leads or {},
     )
-    return run.finish()
+    return run.finish([schedule] if second is None else [schedule, second])
 
 
 class _Run:
@@ -88,24 +96,28 @@ class _Run:
         self.driver_seconds = driver_seconds
         self.waits_for_driver = waits_for_driver
         self.fresh_leads = fresh_leads
-        self.started: dict[Value, tuple[float, float]] = {}  # when, and at which speed
+        self.channel = 0  # which of the schedules is being played
+        self.started: dict[tuple[int, Value], tuple[float, float]] = {}  # when, and at which speed
         self.is_in_order = True
-        self.readers = _reading_segments(schedule)
         self.clock = [0.0] * schedule.num_ranks
         self.dispatched_s = self.dispatched_before_s = 0.0
         self.speed_in_round = 1.0
         self.link_free_s: dict[tuple[int, int], float] = {}
-        self.available_s: dict[tuple[Value, int], float] = {}  # when a rank has a value
-        self.prediction_s: dict[int, float] = {}  # when the driver has the prediction for a step
+        self.available_s: dict[tuple[int, Value, int], float] = {}  # when a rank has a value
+        self.prediction_s: dict[tuple[int, int], float] = {}  # when the driver has the prediction for a step
         self.spans: list[Span] = []
         self.step_seconds: list[float] = []
         self.step_ended_s = 0.0
 
-    def finish(self) -> Timeline:
-        for round_ in self.schedule.rounds:
-            self.is_in_order = round_.in_order
-            self.speed_in_round = 1.0 if round_.in_order else self.machine.busy_speed
-            self._play_round([deque(ops) for ops in round_.ops])
+    def finish(self, schedules: Sequence[Schedule]) -> Timeline:
+        self.readers = [_reading_segments(schedule) for schedule in schedules]
+        for rounds in zip(*(schedule.rounds for schedule in schedules), strict=True):
+            for self.channel, round_ in enumerate(rounds):
+                self.is_in_order = round_.in_order
+                self.speed_in_round = 1.0 if round_.in_order else self.machine.busy_speed
+                self._play_round([deque(_without_predictions(ops)) for ops in round_.ops])
+            for step in rounds[0].steps:
+                self._predict(step)
             self.dispatched_before_s, self.dispatched_s = self.dispatched_s, self.clock[0]
         spans = tuple(sorted(self.spans, key=lambda span: (span.start_s, span.rank)))
         return Timeline(spans, max(self.clock), tuple(self.step_seconds))
@@ -122,16 +134,14 @@ class _Run:
         if isinstance(op, Compute):
             return self._compute(rank, op)
         if isinstance(op, Send):
-            reads = self.readers.get((op.value.segment, op.to_rank), ())
+            reads = self.readers[self.channel].get((op.value.segment, op.to_rank), ())
             num_bytes = sum(self.transfer_bytes.get((op.value.segment, reader), 0.0) for reader in reads)
-            self.available_s[op.value, op.to_rank] = self._transfer(
+            self.available_s[self.channel, op.value, op.to_rank] = self._transfer(
                 rank, op.to_rank, num_bytes, str(op.value)
             )
         if isinstance(op, SendPrediction):
             name = f"prediction {op.step}"
-            self.prediction_s[op.step] = self._transfer(rank, 0, self.prediction_bytes, name)
-        if isinstance(op, Predict):
-            return self._predict(op)
+            self.prediction_s[self.channel, op.step] = self._transfer(rank, 0, self.prediction_bytes, name)
         assert isinstance(op, Send | SendPrediction | Recv)
         return True
 
@@ -142,15 +152,16 @@ class _Run:
         known = [arrived_s for arrived_s in arrivals if arrived_s is not None]
         if len(known) < len(arrivals):
             return False
-        dispatched_s = self.dispatched_s if self.waits_for_driver[rank] else self.dispatched_before_s
+        is_told_now = self.waits_for_driver[rank] or self.channel > 0
+        dispatched_s = self.dispatched_s if is_told_now else self.dispatched_before_s
         dispatched_s += self.machine.latency_s if rank else 0.0
         start_s = self._wait_until(rank, max(dispatched_s, *known, 0.0), str(op.value))
         speed = self.machine.device_speeds[rank] * self.speed_in_round
-        self.started[op.value] = (start_s, speed)
+        self.started[self.channel, op.value] = (start_s, speed)
         seconds = self.segment_seconds[op.segment] / speed
         self._occupy(rank, f"C{op.segment} step {op.step}", start_s + seconds, COMPUTE)
         if op.segment == self.schedule.num_segments - 1 and rank == 0:
-            self.prediction_s[op.step] = self.clock[0]
+            self.prediction_s[self.channel, op.step] = self.clock[0]
         return True
 
     def _arrival(self, rank: int, reader: int, read: Read, value: Value) -> float | None:
@@ -161,20 +172,19 @@ class _Run:
         """
         lead_s = self.fresh_leads.get((read.segment, reader))
         if not read.fresh or value != read.newest or lead_s is None or self.is_in_order:
-            return self.available_s.get((value, rank))
-        if value not in self.started:
+            return self.available_s.get((self.channel, value, rank))
+        if (self.channel, value) not in self.started:
             return None
-        start_s, speed = self.started[value]
+        start_s, speed = self.started[self.channel, value]
         return start_s + lead_s / speed + self.machine.latency_s
 
-    def _predict(self, op: Predict) -> bool:
-        if op.step not in self.prediction_s:
-            return False
-        self._wait_until(0, self.prediction_s[op.step], f"prediction {op.step}")
-        self._occupy(0, f"driver step {op.step}", self.clock[0] + self.driver_seconds, DRIVER)
+    def _predict(self, step: int) -> None:
+        for channel in range(len(self.readers)):
+            if (channel, step) in self.prediction_s:
+                self._wait_until(0, self.prediction_s[channel, step], f"prediction {step}")
+        self._occupy(0, f"driver step {step}", self.clock[0] + self.driver_seconds, DRIVER)
         self.step_seconds.append(self.clock[0] - self.step_ended_s)
         self.step_ended_s = self.clock[0]
-        return True
 
     def _transfer(self, rank: int, to_rank: int, num_bytes: float, name: str) -> float:
         """When a message sent now has arrived."""
@@ -193,6 +203,10 @@ class _Run:
         if end_s > self.clock[rank] or category == COMPUTE:
             self.spans.append(Span(rank, name, self.clock[rank], end_s, category))
         self.clock[rank] = end_s
+
+
+def _without_predictions(ops: Sequence[Op]) -> Iterator[Op]:
+    return (op for op in ops if not isinstance(op, Predict))
 
 
 def _reading_segments(schedule: Schedule) -> dict[tuple[int, int], tuple[int, ...]]:

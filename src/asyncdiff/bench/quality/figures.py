@@ -137,7 +137,8 @@ def figures(
     ),
     captions: Annotated[int, typer.Option("--captions", help="Held-out captions.")] = 64,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="SECTION", help="One section of each model.")
+        str | None,
+        typer.Option("--only", metavar="SECTION", help="Some of each model's, separated by commas."),
     ] = None,
 ) -> None:
     """Measure every section that the file does not have yet."""
@@ -151,7 +152,8 @@ def figures(
         head = {"model": section.generation.model, "name": section.name, "title": section.title}
         measured = measure_section(section)
         content["sections"][section.key] = {**head, "settings": settings, **measured}
-        content["command"] = " ".join(["python -m asyncdiff.bench.quality.figures", *sys.argv[1:]])
+        if only is None or not content["command"]:
+            content["command"] = " ".join(["python -m asyncdiff.bench.quality.figures", *sys.argv[1:]])
         write(content, output)
         typer.echo(f"{section.key}: {measured['failed'] or 'done'}", err=True)
 
@@ -166,9 +168,11 @@ def _asked(output: Path, models: str, captions: int, only: str | None) -> list[S
             raise ConfigurationError(f"--models {models}: {name!r} is none of {', '.join(BUNDLED)}.")
     found = list(sections(names, captions))
     known = dict.fromkeys(section.name for section in found)
-    if only is not None and only not in known:
-        raise ConfigurationError(f"--only {only}: is none of {', '.join(known)}.")
-    return [section for section in found if only in (None, section.name)]
+    asked = list(known) if only is None else [name.strip() for name in only.split(",")]
+    for name in asked:
+        if name not in known:
+            raise ConfigurationError(f"--only {name}: is none of {', '.join(known)}.")
+    return [section for section in found if section.name in asked]
 
 
 if __name__ == "__main__":

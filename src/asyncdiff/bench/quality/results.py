@@ -202,7 +202,14 @@ def way_from_json(values: dict[str, Any]) -> Way:
     """The way that `way_json` wrote."""
     way = values["way"]
     configuration = Configuration(way["num_stages"], way["stride"])
-    return Way(configuration, way["forecast"], way["freshness"], way["warmup_steps"], way["partition"])
+    return Way(
+        configuration,
+        way["forecast"],
+        way["freshness"],
+        way["warmup_steps"],
+        way["partition"],
+        way.get("guidance_refresh", 1),  # a file written before there was any has none
+    )
 
 
 def mean_psnr_db(values: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,10 @@ _OTHER_PARTITION = "nested"
 _SIDE_CAPTIONS = 16
 _HIGH_GUIDANCE = 7.5
 _BATCH_SIZE = 16
+REFRESH = "refresh"  # how the names of its sections begin
+_REFRESH_CAPTIONS = 24
+_REFRESH_GUIDANCE = (None, _HIGH_GUIDANCE, 12.0)
+_REFRESH_STEPS = (50, 20)
 _FLOAT16_CAPTIONS = 8  # a step of 16 takes a processor 1.45 s, and 0.16 in float32
 
 
@@ -73,6 +78,29 @@ def _of_model(model: str, captions: tuple[str, ...]) -> Iterator[Section]:
     yield section("guidance", f"guidance {_HIGH_GUIDANCE:g}", guidance_scale=_HIGH_GUIDANCE)
     yield section("bfloat16", "bfloat16", dtype="bfloat16")
     yield section("float16", "float16", dtype="float16", captions=captions[:_FLOAT16_CAPTIONS])
+    for steps, scale in itertools.product(_REFRESH_STEPS, _REFRESH_GUIDANCE):
+        yield _refresh_section(model, captions[:_REFRESH_CAPTIONS], steps, scale)
+
+
+def _refresh_section(
+    model: str, captions: tuple[str, ...], steps: int, guidance_scale: float | None
+) -> Section:
+    """Guidance refreshed every second and fourth step, on one device and in two stages."""
+    if guidance_scale is None:
+        guidance_scale = DEMO_MODELS[BUNDLED[model]].guidance_scale
+        name = f"{REFRESH}-{steps}"
+    else:
+        name = f"{REFRESH}-{steps}-{guidance_scale:g}"
+    one, two = Configuration(1, 1), Configuration(2, 1)
+    ways = tuple(
+        Way(configuration, "latents", "auto", partition=_PARTITION, guidance_refresh=refresh)
+        for configuration, refreshes in ((one, (2, 4)), (two, (1, 2, 4)))
+        for refresh in refreshes
+    )
+    generation = Generation(
+        model, captions, steps=steps, guidance_scale=guidance_scale, dtype="float32", batch_size=_BATCH_SIZE
+    )
+    return Section(name, f"{steps} steps, guidance {guidance_scale:g}", generation, ways)
 
 
 def _samplers(model: str) -> list[tuple[str, str, str, tuple[tuple[str, Any], ...]]]:

@@ -35,7 +35,8 @@ class SimulatedSpeeds:
 
     def speed(self, of: Plan, steps_in_order: Sequence[int]) -> Speed:
         """`steps_in_order`: how many of them each batch had; the mean over the batches is taken."""
-        predictions = _with_leads(self._predictions(of), of)
+        predictions = _with_leads(self._predictions(of, of.guidance_refresh), of)
+        whole = self._predictions(of, 1)
         machine = Machine.preset(LINK, of.num_workers)
         # Where the steps lie that run in order makes no difference to how long they take.
         seconds = [
@@ -44,17 +45,20 @@ class SimulatedSpeeds:
             ).total_s
             for count in steps_in_order
         ]
-        step_in_order_s = predictions.ideal_speedup * max(predictions.stage_seconds) / of.stride
+        step_in_order_s = whole.ideal_speedup * max(whole.stage_seconds) / of.stride
         return Speed(statistics.fmean(seconds), self._num_steps * step_in_order_s, "simulated")
 
-    def _predictions(self, of: Plan) -> Predictions:
-        key = (of.kind, of.stages, of.stride)
+    def _predictions(self, of: Plan, guidance_refresh: int) -> Predictions:
+        """With refresh, those of half a batch."""
+        key = (of.kind, of.stages, of.stride, guidance_refresh > 1)
         if key not in self._measured:
             timed = plan(
                 self._pipe,
                 num_stages=of.num_stages,
                 stride=of.stride,
                 freshness="paper",  # what is read fresh is settled
+                guidance="together",
+                guidance_refresh=guidance_refresh,
                 partition=of.stages,
                 profile=True,
                 example=self._call,

@@ -27,6 +27,7 @@ class Way:
     freshness: str
     warmup_steps: WarmupSteps = 1
     partition: str | None = None
+    guidance_refresh: int = 1
 
     @property
     def rule(self) -> str:
@@ -34,7 +35,8 @@ class Way:
         if (self.forecast, self.freshness) == (PAPER_FORECAST, PAPER_FRESHNESS):
             return "the paper's rule"
         forecast = "no forecast" if self.forecast == PAPER_FORECAST else self.forecast
-        return forecast if self.freshness == PAPER_FRESHNESS else f"{forecast}, fresh reads"
+        rule = forecast if self.freshness == PAPER_FRESHNESS else f"{forecast}, fresh reads"
+        return rule if self.guidance_refresh == 1 else f"{rule}, guidance every {self.guidance_refresh}"
 
     def __str__(self) -> str:
         kind = f" {self.partition}" if self.partition is not None else ""
@@ -50,6 +52,7 @@ class Way:
             "forecast": self.forecast,
             "freshness": self.freshness,
             "partition": self.partition,
+            "guidance_refresh": self.guidance_refresh,
         }
 
 
