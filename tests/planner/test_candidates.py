@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 from graphs import make_graph
 
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
-from asyncdiff.planner import Candidate, Objective, Plan, choose_candidate, list_candidates, make_plan
+from asyncdiff.planner import (
+    Candidate,
+    Objective,
+    Plan,
+    choose_candidate,
+    list_candidates,
+    make_plan,
+    simulate,
+)
 from asyncdiff.planner.candidates import bytes_per_step
 from asyncdiff.simulation import Machine
 
@@ -19,11 +30,12 @@ HALF = make_graph([2.0] * 4, [[], [0], [1], [2]], [3], [1] * 4)
 """The same with half the batch."""
 
 
-def make(num_stages: int, stride: int, groups: int = 1) -> Plan:
+def make(num_stages: int, stride: int, groups: int = 1, guidance_refresh: int = 1) -> Plan:
     if groups > 1:
         raise ConfigurationError("a batch that cannot be shared")
-    settings = Settings(num_stages, stride)
-    return make_plan(GRAPH, settings, ["cpu"] * settings.num_workers, driver_seconds=0.0)
+    settings = Settings(num_stages, stride, guidance_refresh=guidance_refresh)
+    graph = GRAPH if guidance_refresh == 1 else HALF
+    return make_plan(graph, settings, ["cpu"] * settings.num_workers, driver_seconds=0.0)
 
 
 def on(
@@ -48,6 +60,28 @@ def test_times_are_those_of_the_method() -> None:
     assert by_division[2, 1, 1].speedup == pytest.approx(13 * 12 / (12 + 12 * 6))
 
 
+def test_refreshed_guidance_takes_half_the_batch_once_more_every_kth_step() -> None:
+    """8 s a half in order. Step 0: two halves one after the other, of which the second stage does one while
+    the first does the other. Then every step 4 s on each of two devices, and every fourth step 4 s more."""
+    candidates = list_candidates(make, Machine((1.0,) * 2), 13, (1, 3), (2, 4))
+    refreshed = {
+        (c.plan.num_stages, c.plan.guidance_refresh, c.plan.warmup_steps): c
+        for c in candidates if c.plan.guidance_refresh > 1
+    }  # fmt: skip
+    assert refreshed.keys() == {(n, k, w) for n in (1, 2) for k in (2, 4) for w in (1, 3)}
+    for k, w in itertools.product((2, 4), (1, 3)):
+        assert refreshed[1, k, w].total_s == 8 * (13 + w + (13 - w) // k)
+        assert refreshed[1, k, w].speedup == 13 * 12 / refreshed[1, k, w].total_s
+    # Who reads the latents waits for the call: here both stages, so both do so in turn ...
+    assert refreshed[2, 4, 1].total_s == 12 + 12 * 4 + 3 * (4 + 4)
+    # ... and where the second stage reads none, it goes on with the first half meanwhile.
+    plan = refreshed[2, 4, 1].plan
+    assert plan.predictions is not None
+    ahead = replace(plan, predictions=replace(plan.predictions, latents_stages=(0,)))
+    assert simulate(ahead, Machine((1.0,) * 2), num_steps=13).total_s == 12 + 12 * 4 + 3 * 4
+    assert bytes_per_step(plan) == 1.25 * bytes_per_step(replace(plan, guidance_refresh=1))
+
+
 def test_ages_are_those_of_the_method() -> None:
     by_division = found(on(4))
     assert {key[:2]: each.staleness for key, each in by_division.items() if key[1] == 1} == {
@@ -59,7 +93,7 @@ def test_ages_are_those_of_the_method() -> None:
     assert (by_division[1, 2, 1].staleness, by_division[1, 2, 1].read_staleness) == (1, 0)
 
 
-def make_shared(num_stages: int, stride: int, groups: int) -> Plan:
+def make_shared(num_stages: int, stride: int, groups: int, _: int = 1) -> Plan:
     settings = Settings(num_stages, stride, groups=groups)
     graph = GRAPH if groups == 1 else HALF
     return make_plan(graph, settings, ["cpu"] * settings.num_workers, driver_seconds=0.0)

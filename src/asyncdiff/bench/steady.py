@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from asyncdiff.bench.timed_run import TimedRun
 from asyncdiff.pipeline import RunReport
@@ -17,7 +17,8 @@ from asyncdiff.simulation import COMPUTE
 
 @dataclass(frozen=True)
 class SteadyRound:
-    """One round of `stride` steps: `seconds` by the driver's clock, and what each device did."""
+    """One round of `stride` steps, or the steps from one refresh of guidance to the next: `seconds` by the
+    driver's clock, and what each device did."""
 
     seconds: float
     devices: tuple[DeviceRound, ...]
@@ -35,8 +36,16 @@ class SteadyRound:
 def steady_rounds(report: RunReport, run: TimedRun, first_step: int, stride: int) -> list[SteadyRound]:
     """The rounds from `first_step` on, as `TimedRun.round_seconds` counts them."""
     seconds = [stride * each for each in run.round_seconds(first_step, stride)]
-    begun = [report.steps[first_step + stride * index] for index in range(len(seconds))]
-    return [SteadyRound(each, step.devices) for each, step in zip(seconds, begun, strict=True)]
+    found = []
+    for index, each in enumerate(seconds):
+        start = first_step + stride * index
+        of_steps = [step.devices for step in report.steps[start : start + stride]]
+        found.append(SteadyRound(each, tuple(map(_sum, zip(*of_steps, strict=True)))))
+    return found
+
+
+def _sum(rounds: tuple[DeviceRound, ...]) -> DeviceRound:
+    return DeviceRound(*map(sum, zip(*map(astuple, rounds), strict=True)))
 
 
 def median_ms_per_step(rounds: Sequence[SteadyRound], name: str, stride: int) -> tuple[float, ...]:

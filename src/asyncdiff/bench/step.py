@@ -51,10 +51,10 @@ class Samples:
         values = list(itertools.chain(*getattr(self, kind)))
         return 1e3 * min(values), 1e3 * max(values)
 
-    def speedup_per_run(self, kind: str, factor: int = 1) -> tuple[float, ...]:
-        """In order over `kind`, `factor` forwards at a time, within each run."""
+    def speedup_per_run(self, kind: str) -> tuple[float, ...]:
+        """In order over `kind`, within each run."""
         return tuple(
-            factor * statistics.median(before) / statistics.median(after)
+            statistics.median(before) / statistics.median(after)
             for before, after in zip(self.in_order, getattr(self, kind), strict=True)
         )
 
@@ -71,7 +71,8 @@ class StartUp:
 @dataclass(frozen=True)
 class StepResult:
     """`ceiling`: speed-up of as many processes as devices, each running the whole forward at the same time,
-    where `groups` share the batch with one group's part of it; `all_threads_ratio`: of one process with
+    where `groups` share the batch with one group's part of it, with `guidance_refresh` as many halves as it
+    leaves of a step; `all_threads_ratio`: of one process with
     all those threads. `bytes_per_step`: sent by all devices in a steady step; `expected_bytes_per_step`:
     what the graph says. Spreads are (lowest, highest).
     """
@@ -86,6 +87,7 @@ class StepResult:
     forecast: str
     freshness: str
     groups: int
+    guidance_refresh: int
     runs: int
     steps: int
     ms_per_step_in_order: float
@@ -166,6 +168,8 @@ class StepResult:
 
     @property
     def _of_part(self) -> str:
+        if self.guidance_refresh > 1:
+            return f" of half the batch, {self.guidance_refresh + 1} for {self.guidance_refresh} steps"
         return f" of 1/{self.groups} of the batch" if self.groups > 1 else ""
 
 
@@ -180,6 +184,7 @@ def run_step(
     forecast: str = "latents",
     freshness: str = "auto",
     guidance: str = "together",
+    guidance_refresh: int = 1,
     time_shift: bool = False,
     runs: int = 3,
     steps: int = 8,
@@ -193,19 +198,29 @@ def run_step(
     architecture = architecture_named(arch)  # before any process is started
     workload = Workload(arch, None, size, dtype)
     groups = settle_groups(len(devices), num_stages, stride, guidance)
-    settings = Settings(num_stages, stride, _WARMUP_STEPS, time_shift, forecast, freshness, groups=groups)
-    if architecture.batch % groups:
+    settings = Settings(
+        num_stages,
+        stride,
+        _WARMUP_STEPS,
+        time_shift,
+        forecast,
+        freshness,
+        groups=groups,
+        guidance_refresh=guidance_refresh,
+    )
+    num_parts = 2 if guidance_refresh > 1 else groups
+    if architecture.batch % num_parts:
         raise ConfigurationError(
-            f"{arch} is called with a batch of {architecture.batch}: no guidance to split."
+            f"{arch} is called with a batch of {architecture.batch}: no guidance to split or refresh."
         )
-    part = replace(workload, batch=architecture.batch // groups)
+    part = replace(workload, batch=architecture.batch // num_parts)
     start_up = StartUp()
     with ExitStack() as stack:
         progress("Building the denoisers", 0, 0)
         whole = stack.enter_context(WholeModelProcess(workload, devices[0]))
         rivals = [
             stack.enter_context(WholeModelProcess(part, device))
-            for device in (devices if groups > 1 else devices[1:])
+            for device in (devices if num_parts > 1 else devices[1:])
         ]
         subject = load(workload, devices[0])
         whole_bytes = denoiser_bytes(subject)
@@ -220,14 +235,15 @@ def run_step(
         progress("First run", 0, 0)
         start_up.first_run_s = run_timed(subject, steps + _WARMUP_STEPS).seconds
         start_up.second_run_s = run_timed(subject, steps + _WARMUP_STEPS).seconds
-        if groups == 1:
+        if num_parts == 1:
             rivals.insert(0, whole)
         samples, last_run = _measure(subject, whole, rivals, settings, steps, runs, progress)
         report = handle.last_run
         progress("Watching idle workers", 0, 0)
         idle = _idle_cpu(handle)
-    first_step = Configuration(num_stages, stride).first_steady_step(_WARMUP_STEPS)
-    steady = steady_rounds(report, last_run, first_step, stride)
+    period = _period(settings)
+    first_step = Configuration(num_stages, period).first_steady_step(_WARMUP_STEPS)
+    steady = steady_rounds(report, last_run, first_step, period)
     predictions = chosen.predictions
     assert predictions is not None
     return StepResult(
@@ -241,24 +257,28 @@ def run_step(
         forecast=forecast,
         freshness=freshness,
         groups=groups,
+        guidance_refresh=guidance_refresh,
         runs=runs,
         steps=steps,
         ms_per_step_in_order=samples.median_ms("in_order"),
         ms_per_step=samples.median_ms("asynchronous"),
         ratio=samples.median_ms("in_order") / samples.median_ms("asynchronous"),
-        ceiling=settings.group_size * samples.median_ms("in_order") / samples.median_ms("together"),
+        ceiling=_ceiling(samples.median_ms("in_order"), samples.median_ms("together"), settings),
         all_threads_ratio=samples.median_ms("in_order") / samples.median_ms("all_threads"),
         ms_in_order_spread=samples.spread_ms("in_order"),
         ms_spread=samples.spread_ms("asynchronous"),
         ratio_per_run=samples.speedup_per_run("asynchronous"),
-        ceiling_per_run=samples.speedup_per_run("together", settings.group_size),
-        bytes_per_step=round(sum(each.bytes_sent for each in steady) / (stride * len(steady))),
+        ceiling_per_run=tuple(
+            _ceiling(statistics.median(before), statistics.median(together), settings)
+            for before, together in zip(samples.in_order, samples.together, strict=True)
+        ),
+        bytes_per_step=round(sum(each.bytes_sent for each in steady) / (period * len(steady))),
         expected_bytes_per_step=round(expected_bytes_per_step(chosen)),
         weight_share=tuple(held / whole_bytes for held in report.weight_bytes),
         weight_bytes=report.weight_bytes,
         resident_bytes=report.resident_bytes,
-        compute_ms=median_ms_per_step(steady, "compute_s", stride),
-        wait_ms=median_ms_per_step(steady, "wait_s", stride),
+        compute_ms=median_ms_per_step(steady, "compute_s", period),
+        wait_ms=median_ms_per_step(steady, "wait_s", period),
         balance=predictions.balance,
         parallelize_s=start_up.parallelize_s,
         first_run_s=start_up.first_run_s,
@@ -267,6 +287,23 @@ def run_step(
         environment=describe_environment(),
         command=" ".join(["asyncdiff", *sys.argv[1:]]),
     )
+
+
+def _period(settings: Settings) -> int:
+    """After how many steps everything is as before: those of a round, or from refresh to refresh."""
+    return max(settings.stride, settings.guidance_refresh)
+
+
+def _ceiling(in_order: float, together: float, settings: Settings) -> float:
+    """The speed-up where nobody waits. `in_order`: a whole forward alone; `together`: those of all processes
+    at once, each of a part of the batch. One device evaluates both halves of guidance at once where it does
+    evaluate both."""
+    k = settings.guidance_refresh
+    if k == 1:
+        return settings.group_size * in_order / together
+    if settings.group_size == 1:
+        return k * in_order / (in_order + (k - 1) * together)
+    return settings.group_size * k * in_order / ((k + 1) * together)
 
 
 def _profiled_plan(subject: Subject, devices: Sequence[str], settings: Settings) -> Plan:
@@ -280,6 +317,7 @@ def _profiled_plan(subject: Subject, devices: Sequence[str], settings: Settings)
         forecast=settings.forecast,
         freshness=settings.freshness,
         guidance="split" if settings.groups > 1 else "together",
+        guidance_refresh=settings.guidance_refresh,
         profile=True,
         example=subject.example,
     )
@@ -297,16 +335,16 @@ def _measure(
 ) -> tuple[Samples, TimedRun]:
     """Every kind once per run, one after the other: a machine that drifts drifts under all of them. With it
     the last run on all devices."""
-    stride = settings.stride
-    samples, rhythm = Samples(), Configuration(settings.num_stages, stride)
+    period = _period(settings)
+    samples, rhythm = Samples(), Configuration(settings.num_stages, period)
     first_step = rhythm.first_steady_step(_WARMUP_STEPS)
     for each in {whole, *rivals}:
         each.measure(1)  # untimed
     for run in range(runs):
         progress("Measuring", run, runs)
         samples.in_order.append(whole.measure(steps).step_seconds())
-        last_run = run_timed(subject, rhythm.run_with_rounds(-(-steps // stride), _WARMUP_STEPS))
-        samples.asynchronous.append(last_run.round_seconds(first_step, stride))
+        last_run = run_timed(subject, rhythm.run_with_rounds(-(-steps // period), _WARMUP_STEPS))
+        samples.asynchronous.append(last_run.round_seconds(first_step, period))
         together = measure_together(rivals, steps)
         samples.together.append([second for each in together for second in each.step_seconds()])
         samples.all_threads.append(whole.measure(steps, threads=len(rivals)).step_seconds())

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from asyncdiff.cli.failures import DEBUG_VARIABLE
-from asyncdiff.config import AUTO, DEFAULT_TOLERANCE, settle, settle_groups
+from asyncdiff.config import AUTO, DEFAULT_TOLERANCE, Settings, settle, settle_groups, settle_warmup
 from asyncdiff.errors import ConfigurationError
 
 Forecast: TypeAlias = Literal["none", "linear", "damped", "latents"]
@@ -131,6 +131,15 @@ GuidanceOption = Annotated[
         "for all devices; 'auto' splits where an even number of devices and the model allow.",
     ),
 ]
+GuidanceRefreshOption = Annotated[
+    int,
+    typer.Option(
+        "--guidance-refresh",
+        metavar="K",
+        rich_help_panel=_METHOD,
+        help="Evaluate both halves of guidance at every K-th step only, and continue one in between.",
+    ),
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this JSON file.")
 ]
@@ -149,6 +158,7 @@ class Split:
     forecast: Forecast
     freshness: Freshness
     guidance: Guidance
+    guidance_refresh: int
 
 
 def check_split(
@@ -161,15 +171,42 @@ def check_split(
     forecast: Forecast,
     freshness: Freshness,
     guidance: Guidance = "auto",
+    guidance_refresh: int = 1,
 ) -> Split:
     """The options of the split, each checked as far as possible without knowing the machine."""
     check_at_least("--stages", num_stages, 1)
     check_at_least("--stride", stride, 1)
     warmup = check_warmup(warmup_steps, tolerance)
+    check_at_least("--guidance-refresh", guidance_refresh, 1)
     asked = None if devices is None else parse_devices(devices)
+    divided = num_stages or 1
     if asked is not None:
-        stages_for(asked if isinstance(asked, int) else len(asked), num_stages, stride, guidance)
-    return Split(asked, num_stages, stride, warmup, tolerance, time_shift, forecast, freshness, guidance)
+        divided = stages_for(asked if isinstance(asked, int) else len(asked), num_stages, stride, guidance)
+    steps_in_order, least_tolerance = settle_warmup(warmup, tolerance)
+    with _option_names():
+        Settings(
+            divided,
+            stride,
+            steps_in_order,
+            time_shift,
+            forecast,
+            freshness,
+            least_tolerance,
+            groups=2 if guidance == "split" else 1,
+            guidance_refresh=guidance_refresh,
+        )
+    return Split(
+        asked,
+        num_stages,
+        stride,
+        warmup,
+        tolerance,
+        time_shift,
+        forecast,
+        freshness,
+        guidance,
+        guidance_refresh,
+    )
 
 
 def check_warmup(text: str, tolerance: float | None) -> int | str:
@@ -219,9 +256,14 @@ def _option_names() -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        as_options = re.sub(r"\b(?:num_)?(stages|stride|warmup_steps)=(\d+)", r"--\1 \2", str(error))
-        as_options = re.sub(r'\bguidance="(\w+)"', r"--guidance \1", as_options)
-        raise ConfigurationError(as_options.replace("--warmup_steps", "--warmup-steps")) from error
+        as_options = re.sub(
+            r"\b(?:num_)?(stages|stride|warmup_steps|guidance_refresh)=(\d+)", r"--\1 \2", str(error)
+        )
+        as_options = re.sub(r'\b(guidance|forecast)="(\w+)"', r"--\1 \2", as_options)
+        as_options = as_options.replace("time_shift=False", "no --time-shift")
+        for name in ("warmup_steps", "guidance_refresh"):
+            as_options = as_options.replace(f"--{name}", f"--{name.replace('_', '-')}")
+        raise ConfigurationError(as_options) from error
 
 
 def check_at_least(option: str, value: int | None, minimum: int) -> None:

@@ -278,6 +278,7 @@ def step(
     forecast: arguments.ForecastOption = "latents",
     freshness: arguments.FreshnessOption = "auto",
     guidance: arguments.GuidanceOption = "together",
+    guidance_refresh: arguments.GuidanceRefreshOption = 1,
     debug: arguments.DebugOption = False,
 ) -> None:
     """Time one denoising step in order and asynchronously, beside what this machine can reach at all."""
@@ -286,7 +287,16 @@ def step(
     arguments.check_at_least("--runs", runs, 1)
     arguments.check_writable("--json", json_file, (".json",))
     split = arguments.check_split(
-        devices, stages, stride, "1", None, time_shift, forecast, freshness, guidance
+        devices,
+        stages,
+        stride,
+        "1",
+        None,
+        time_shift,
+        forecast,
+        freshness,
+        guidance,
+        guidance_refresh,
     )
 
     from asyncdiff.cli.console import print_table, progress, quiet_libraries
@@ -308,6 +318,7 @@ def step(
             forecast=split.forecast,
             freshness=split.freshness,
             guidance=split.guidance,
+            guidance_refresh=split.guidance_refresh,
             time_shift=split.time_shift,
             runs=runs,
             steps=steps,

@@ -152,6 +152,7 @@ def generate(
     forecast: arguments.ForecastOption = "latents",
     freshness: arguments.FreshnessOption = "auto",
     guidance: arguments.GuidanceOption = "auto",
+    guidance_refresh: arguments.GuidanceRefreshOption = 1,
     debug: arguments.DebugOption = False,
 ) -> None:
     """Generate pictures of a prompt on several devices."""
@@ -180,7 +181,16 @@ def generate(
             )
         devices = str(preview_devices)  # divided as for so many
     split = arguments.check_split(
-        devices, stages, stride, warmup_steps, tolerance, time_shift, forecast, freshness, guidance
+        devices,
+        stages,
+        stride,
+        warmup_steps,
+        tolerance,
+        time_shift,
+        forecast,
+        freshness,
+        guidance,
+        guidance_refresh,
     )
     run(request, split)
 
@@ -258,6 +268,7 @@ def _run_parallel(
         forecast=split.forecast,
         freshness=split.freshness,
         guidance=split.guidance,
+        guidance_refresh=split.guidance_refresh,
         runtime="auto" if request.preview_devices is None else "local",
     ) as handle:
         skip = (1 if isinstance(split.warmup_steps, str) else split.warmup_steps) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -96,6 +97,15 @@ def plan(
     time_shift: arguments.TimeShiftOption = False,
     forecast: arguments.ForecastOption = "latents",
     freshness: arguments.FreshnessOption = "auto",
+    guidance_refresh: Annotated[
+        str | None,
+        typer.Option(
+            "--guidance-refresh",
+            metavar="LIST",
+            help="Also with both halves of guidance evaluated at every so many steps only: 2, or 2,4. It "
+            "changes the picture, so it is not tried unless asked for.",
+        ),
+    ] = None,
     max_staleness: Annotated[
         int | None,
         typer.Option(
@@ -141,7 +151,12 @@ def plan(
     if profile and times is not None:
         raise ConfigurationError("--profile measures what --times gives: leave one of them out.")
     block_times = None if times is None else _read_times(times)
-    warmups = _parse_warmups(warmup_steps)
+    warmups = _parse_counts("--warmup-steps", warmup_steps, 1)
+    refreshes = () if guidance_refresh is None else _parse_counts("--guidance-refresh", guidance_refresh, 2)
+    if refreshes:
+        arguments.check_split(
+            devices, None, 1, "1", None, time_shift, forecast, freshness, guidance_refresh=refreshes[0]
+        )
     objective = Objective(max_staleness, None if max_memory is None else max_memory * 1e9)
 
     from asyncdiff.cli.console import progress, quiet_libraries
@@ -159,10 +174,11 @@ def plan(
         report("Comparing", 0, 0)
         wish = _Wish(names, time_shift, forecast, freshness, objective)
         candidates = list_candidates(
-            lambda num_stages, stride, groups: wish.plan(basis, num_stages, stride, groups),
+            functools.partial(wish.plan, basis),
             described,
             steps,
             warmups,
+            refreshes,
         )
     chosen = choose_candidate(candidates, objective)
     if output is not None:
@@ -208,13 +224,21 @@ class _Wish:
     freshness: Freshness
     objective: Objective
 
-    def plan(self, basis: _Basis, num_stages: int, stride: int, groups: int) -> Plan:
-        """The best plan within the memory limit, else the best without; `ConfigurationError` for groups where
-        the batch cannot be shared."""
+    def plan(self, basis: _Basis, num_stages: int, stride: int, groups: int, guidance_refresh: int) -> Plan:
+        """The best plan within the memory limit, else the best without; `ConfigurationError` for groups and
+        halves of guidance where the batch cannot be shared."""
         settings = Settings(
-            num_stages, stride, 1, self.time_shift, self.forecast, self.freshness, groups=groups
+            num_stages,
+            stride,
+            1,
+            self.time_shift,
+            self.forecast,
+            self.freshness,
+            groups=groups,
+            guidance_refresh=guidance_refresh,
         )
-        examination = basis.examination if groups == 1 else basis.part
+        is_whole = groups == guidance_refresh == 1
+        examination = basis.examination if is_whole else basis.part
         if examination is None:
             raise ConfigurationError("The batch of the denoiser's call cannot be shared.")
 
@@ -224,7 +248,7 @@ class _Wish:
                 settings,
                 self.names[:count],
                 threads_per_device=basis.threads,
-                seconds=basis.seconds if groups == 1 else basis.part_seconds,
+                seconds=basis.seconds if is_whole else basis.part_seconds,
                 driver_seconds=basis.driver_seconds,
                 speeds=None if basis.speeds is None else basis.speeds[:count],
                 max_weight_bytes=max_weight_bytes,
@@ -353,11 +377,11 @@ def _parse_speeds(text: str, devices: int | tuple[str, ...] | None) -> tuple[flo
     return speeds
 
 
-def _parse_warmups(text: str) -> tuple[int, ...]:
+def _parse_counts(option: str, text: str, least: int) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise ConfigurationError(
-            f"--warmup-steps {text}: must be 1 or more, or several such numbers separated by commas."
+            f"{option} {text}: must be {least} or more, or several such numbers separated by commas."
         )
     return tuple(dict.fromkeys(map(int, parts)))
 
@@ -420,6 +444,7 @@ def _candidate_json(candidate: Candidate, *, is_chosen: bool) -> dict[str, Any]:
     plan = candidate.plan
     return {
         "groups": plan.groups,
+        "guidance_refresh": plan.guidance_refresh,
         "num_stages": plan.num_stages,
         "stride": plan.stride,
         "warmup_steps": plan.warmup_steps,
@@ -463,13 +488,16 @@ def _show(
 
 def _row(candidate: Candidate, *, is_chosen: bool, objective: Objective) -> tuple[str, ...]:
     plan = candidate.plan
-    is_alone = plan.num_workers == 1
+    is_alone = plan.num_workers == 1 and plan.guidance_refresh == 1
+    guidance = "split" if plan.groups > 1 else "together"
+    if plan.guidance_refresh > 1:
+        guidance = f"every {plan.guidance_refresh}"
     largest = max(candidate.weight_bytes)
     too_large = "" if objective.is_small_enough(candidate) else " !"
     too_stale = "" if objective.is_fresh_enough(candidate) else " !"
     return (
         "->" if is_chosen else "",
-        "" if is_alone else "split" if plan.groups > 1 else "together",
+        "" if is_alone else guidance,
         "in order" if is_alone else str(plan.num_stages),
         "" if is_alone else str(plan.stride),
         "" if is_alone else str(plan.warmup_steps),

@@ -93,6 +93,15 @@ def quality(
         str,
         typer.Option("--warmup-steps", metavar="LIST", help="Steps run in order first: 1, or 1,3, or auto."),
     ] = "1",
+    guidance_refresh: Annotated[
+        str,
+        typer.Option(
+            "--guidance-refresh",
+            metavar="LIST",
+            help="Both halves of guidance at every so many steps: 1, or 1,2,4; above 1 with forecast "
+            "'latents' and stride 1.",
+        ),
+    ] = "1",
     lpips_weights: Annotated[
         Path | None,
         typer.Option(
@@ -153,7 +162,12 @@ def quality(
     asked = None if devices is None else arguments.parse_devices(devices)
     count = asked if isinstance(asked, int) else None if asked is None else len(asked)
     ways = parse_ways(
-        configs or (_DEFAULT_CONFIGS if count is None else "auto"), forecast, freshness, warmup_steps, count
+        configs or (_DEFAULT_CONFIGS if count is None else "auto"),
+        forecast,
+        freshness,
+        warmup_steps,
+        count,
+        guidance_refresh=guidance_refresh,
     )
     texts = _captions(model, captions, num_captions)
     weights = LocalWeights(lpips_weights, clip_score_weights, fid_weights, fid_images)

@@ -59,29 +59,35 @@ class Objective:
 
 
 def list_candidates(
-    make_plan: Callable[[int, int, int], Plan],
+    make_plan: Callable[[int, int, int, int], Plan],
     machine: Machine,
     num_steps: int,
     warmup_steps: Sequence[int],
+    guidance_refreshes: Sequence[int] = (),
 ) -> tuple[Candidate, ...]:
     """Every number of stages and stride that takes at most the machine's devices, with each warm-up; of as
-    many devices first those in two groups that share the batch.
+    many devices first those in two groups that share the batch. `guidance_refreshes`: also with these, every
+    number of stages from one.
 
-    `make_plan(num_stages, stride, groups)`: the best plan for the first `groups * (num_stages + stride - 1)`
-    devices, or `ConfigurationError` where there is none (too few blocks, a batch that cannot be shared),
-    which leaves it out. The first candidate is the whole denoiser on the first device, in order, which every
-    other is compared with.
+    `make_plan(num_stages, stride, groups, guidance_refresh)`: the best plan for the first
+    `groups * (num_stages + stride - 1)` devices, or `ConfigurationError` where there is none (too few blocks,
+    a batch that cannot be shared), which leaves it out. The first candidate is the whole denoiser on the
+    first device, in order, which every other is compared with.
     """
-    in_order = make_plan(1, 1, 1)
+    in_order = make_plan(1, 1, 1, 1)
     in_order_s = _seconds(in_order, machine, num_steps)
     found = [_candidate(in_order, in_order_s, in_order_s, num_steps)]
-    for num_stages, stride, groups in _divisions(len(machine.device_speeds), num_steps):
+    num_devices = len(machine.device_speeds)
+    divisions = [(*division, 1) for division in _divisions(num_devices, num_steps)]
+    divisions += [(count, 1, 1, k) for count in range(1, num_devices + 1) for k in guidance_refreshes]
+    for num_stages, stride, groups, refresh in divisions:
         try:
-            plan = make_plan(num_stages, stride, groups)
+            plan = make_plan(num_stages, stride, groups, refresh)
         except ConfigurationError:
             continue
-        # One stage with stride 1 is always in order.
-        for number in warmup_steps if plan.settings.group_size > 1 else warmup_steps[:1]:
+        # One stage with stride 1 that evaluates everything is always in order.
+        is_stale = plan.settings.group_size > 1 or refresh > 1
+        for number in warmup_steps if is_stale else warmup_steps[:1]:
             warmed = replace(plan, warmup_steps=number)
             total_s = _seconds(warmed, machine, num_steps)
             found.append(_candidate(warmed, total_s, in_order_s, num_steps))
@@ -141,7 +147,8 @@ def bytes_per_step(plan: Plan) -> float:
     driver_predicts = plan.kind == "nested" or plan.num_stages == 1
     sent = plan.groups * plan.stride - driver_predicts
     crossing = plan.groups * predictions.crossing_bytes_per_step
-    return crossing + predictions.prediction_bytes * sent / plan.stride
+    halves = 1 if plan.guidance_refresh == 1 else 1 + 1 / plan.guidance_refresh
+    return halves * (crossing + predictions.prediction_bytes * sent / plan.stride)
 
 
 def _nothing_allowed(candidates: Sequence[Candidate], objective: Objective) -> str:

@@ -57,9 +57,15 @@ class Way:
 
 
 def parse_ways(
-    configs: str, forecast: str, freshness: str, warmup_steps: str, num_devices: int | None = None
+    configs: str,
+    forecast: str,
+    freshness: str,
+    warmup_steps: str,
+    num_devices: int | None = None,
+    guidance_refresh: str = "1",
 ) -> tuple[Way, ...]:
-    """Every combination of four lists separated by commas, those of one configuration together.
+    """Every combination of five lists separated by commas, those of one configuration together; those with
+    `guidance_refresh` above 1 only as far as there are such ways.
 
     `num_devices`: what there is of them; None where one device runs all stages in turn. `ConfigurationError`
     names the option and what is wrong in it.
@@ -68,8 +74,23 @@ def parse_ways(
     warmups = tuple(dict.fromkeys(_parse_warmup(part, warmup_steps) for part in _parts(warmup_steps)))
     forecasts = _named("--forecast", forecast, FORECASTS)
     freshnesses = _named("--freshness", freshness, FRESHNESS)
-    combined = itertools.product(configurations, warmups, freshnesses, forecasts)
-    return tuple(Way(each, how, fresh, warmup) for each, warmup, fresh, how in combined)
+    refreshes = tuple(
+        dict.fromkeys(_parse_refresh(part, guidance_refresh) for part in _parts(guidance_refresh))
+    )
+    combined = itertools.product(configurations, warmups, freshnesses, forecasts, refreshes)
+    ways = (Way(each, how, fresh, warmup, None, k) for each, warmup, fresh, how, k in combined)
+    found = tuple(way for way in ways if way.guidance_refresh == 1 or _can_refresh(way))
+    if not found:
+        raise ConfigurationError(
+            f"--guidance-refresh {guidance_refresh}: goes with forecast 'latents', stride 1 and a number of "
+            "warm-up steps."
+        )
+    return found
+
+
+def _can_refresh(way: Way) -> bool:
+    is_ahead = way.forecast == "latents" or way.configuration.num_stages == 1
+    return is_ahead and way.configuration.stride == 1 and way.warmup_steps != AUTO
 
 
 def _parts(text: str) -> list[str]:
@@ -81,6 +102,12 @@ def _named(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
         if part not in known:
             raise ConfigurationError(f"{option} {text}: {part!r} is none of {', '.join(known)}.")
     return tuple(dict.fromkeys(_parts(text)))
+
+
+def _parse_refresh(part: str, text: str) -> int:
+    if not part.isdecimal() or int(part) < 1:
+        raise ConfigurationError(f"--guidance-refresh {text}: {part!r} is no number of 1 or more.")
+    return int(part)
 
 
 def _parse_warmup(part: str, text: str) -> WarmupSteps:
