@@ -46,6 +46,23 @@ def test_step_of_two_groups_sends_one_half_of_a_prediction(monkeypatch):
 
 @pytest.mark.wide
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize(("num_stages", "k"), [(1, 2), (2, 4)])
+def test_step_with_guidance_refreshed_is_measured_over_whole_periods(monkeypatch, num_stages, k):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    result = run_step(
+        arch="demo", size=64, dtype="float32", devices=["cpu"] * num_stages, num_stages=num_stages,
+        guidance_refresh=k, runs=1, steps=k,
+    )  # fmt: skip
+    values = json.loads(json.dumps(result.to_json()))
+    assert values["guidance_refresh"] == k
+    assert values["bytes_per_step"] == values["expected_bytes_per_step"]
+    assert (values["bytes_per_step"] > 0) == (num_stages > 1)
+    assert values["ceiling"] > 0
+    assert len(values["compute_ms"]) == num_stages
+
+
+@pytest.mark.wide
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("model", DEMO_MODELS)
 def test_demo_in_order_throughout_is_the_same_picture(model):
     result = run_demo(["cpu", "cpu"], model=model, num_stages=2, warmup_steps=4, steps=4, runs=1)

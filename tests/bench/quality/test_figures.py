@@ -94,11 +94,13 @@ def test_every_setting_that_was_asked_for_is_a_section_of_each_model() -> None:
     unet = [section for section in found if section.generation.model == "demo"]
     assert [section.name for section in unet] == [
         "steps-50", "nested", "auto", "steps-25", "euler", "dpm", "guidance", "bfloat16", "float16",
+        "refresh-50", "refresh-50-7.5", "refresh-50-12", "refresh-20", "refresh-20-7.5", "refresh-20-12",
     ]  # fmt: skip
     assert {str(way.configuration) for way in unet[0].ways} == {"2x1", "3x1", "4x1", "2x2", "3x2"}
-    assert [len(section.ways) // 5 for section in unet] == [5, 3, 2, 3, 3, 3, 3, 3, 3]
+    assert [len(section.ways) // 5 for section in unet] == [5, 3, 2, 3, 3, 3, 3, 3, 3, *[1] * 6]
     for section in found:
-        count = {sections.MAIN: 64, "float16": 8}.get(section.name, 16)
+        usual = 24 if section.name.startswith(sections.REFRESH) else 16
+        count = {sections.MAIN: 64, "float16": 8}.get(section.name, usual)
         assert section.generation.captions == tuple(held_out_captions(count))
 
 
@@ -137,6 +139,10 @@ def _content() -> dict[str, Any]:
             "demo/steps-50": {
                 **common, "name": "steps-50", "title": "50 steps", "ways": [_row(*each) for each in pairs]
             },
+            "demo/refresh-50": {
+                **common, "name": "refresh-50", "title": "50 steps, guidance 4",
+                "ways": [_row(Way(CONFIGURATIONS[0], "latents", "auto", guidance_refresh=4), 44.0, 41.0)],
+            },
             "demo/auto": {**common, "name": "auto", "title": "automatic", "ways": auto},
             "demo/float16": {
                 **common, "name": "float16", "title": "float16", "failed": "no Half", "ways": []
@@ -159,6 +165,8 @@ def test_tables_say_what_was_gained_and_where_nothing_was() -> None:
     assert "![a plot](images/a.png)" in filled
     assert "mean of 64 held-out captions, in brackets that of the worst tenth; 50 steps" in filled
     assert "split: chain" in filled
+    assert "| stages x stride | reads | 50 steps, guidance 4 |" in filled
+    assert "| 2x1 | latents, fresh reads, guidance every 4 | 44.0 (41.0) |" in filled
     assert "as it was" in filled
     assert "old" not in filled.split()
 

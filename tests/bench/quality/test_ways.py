@@ -91,3 +91,16 @@ def test_weights_are_never_looked_for_elsewhere(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError) as error:
             weights.check(5000)
         assert expected in str(error.value)
+
+
+def test_guidance_is_refreshed_where_that_is_possible() -> None:
+    ways = parse_ways("2x1,1x2", "linear,latents", "auto", "1,auto", guidance_refresh="1,4")
+    refreshed = [way for way in ways if way.guidance_refresh > 1]
+    assert refreshed == [Way(Configuration(2, 1), "latents", "auto", 1, None, 4)]
+    assert str(refreshed[0]) == "2x1 latents, fresh reads, guidance every 4, w=1"
+    assert refreshed[0].settings["guidance_refresh"] == 4
+    assert len(ways) == 2 * 2 * 2 + 1
+    with pytest.raises(ConfigurationError, match="--guidance-refresh 2: goes with forecast 'latents'"):
+        parse_ways("2x1", "linear", "auto", "1", guidance_refresh="2")
+    with pytest.raises(ConfigurationError, match="'0' is no number of 1 or more"):
+        parse_ways("2x1", "latents", "auto", "1", guidance_refresh="0")

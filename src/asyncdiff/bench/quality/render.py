@@ -3,7 +3,7 @@
 python -m asyncdiff.bench.quality.render docs/fidelity.md
 
 The page has a pair of markers for each: `<!-- measured gain: -->` (50 steps), `settings` (everything else),
-`auto` (automatic warm-up) and `plots`, each closed by `<!-- /measured -->`.
+`auto` (automatic warm-up), `refresh` (guidance refreshed) and `plots`, each closed by `<!-- /measured -->`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import typer
 from asyncdiff.bench import command
 from asyncdiff.bench.quality import figures
 from asyncdiff.bench.quality.results import way_from_json
-from asyncdiff.bench.quality.sections import AUTO_WARMUP, CONFIGURATIONS, MAIN, RULES
+from asyncdiff.bench.quality.sections import AUTO_WARMUP, CONFIGURATIONS, MAIN, REFRESH, RULES
 from asyncdiff.bench.quality.ways import Way
 from asyncdiff.bench.readme import replace_measured
 from asyncdiff.errors import ConfigurationError
 
-MARKERS = ("gain", "settings", "auto", "plots")
+MARKERS = ("gain", "settings", "auto", "refresh", "plots")
 
 # What the forecast was built to gain over the paper's rule at 50 steps, in dB.
 AIMS_DB = {"2x1": 10.0, "3x1": 8.0, "4x1": 6.0, "2x2": 8.0, "3x2": 6.0}
@@ -152,7 +152,7 @@ def settings_tables(models: Mapping[str, Mapping[str, Measured]]) -> str:
     parts = []
     for model, sections in models.items():
         for name, section in sections.items():
-            if name in (MAIN, AUTO_WARMUP):
+            if name in (MAIN, AUTO_WARMUP) or name.startswith(REFRESH):
                 continue
             parts += [f"**{_title(model, section)}**", ""]
             failed = section.values["failed"]
@@ -201,6 +201,30 @@ def auto_tables(models: Mapping[str, Mapping[str, Measured]]) -> str:
     return "\n".join(parts)
 
 
+def refresh_tables(models: Mapping[str, Mapping[str, Measured]]) -> str:
+    """Guidance refreshed: a column for every number of steps and guidance scale."""
+    parts = []
+    for model, sections in models.items():
+        columns = [section for name, section in sections.items() if name.startswith(REFRESH)]
+        if not columns:
+            continue
+        heads = ["stages x stride", "reads", *(section.values["title"] for section in columns)]
+        parts += [f"**{_title(model, columns[0], 'guidance refreshed')}**", "", f"| {' | '.join(heads)} |"]
+        parts.append("|" + "---|" * len(heads))
+        for configuration, rule in columns[0].rows:
+            cells = [configuration, rule, *(_cell(section, configuration, rule) for section in columns)]
+            parts.append(f"| {' | '.join(cells)} |")
+        values = columns[0].values
+        num_captions = values["settings"]["generation"]["num_captions"]
+        parts += [
+            "",
+            f"PSNR in dB against in order: mean of {num_captions} held-out captions, in brackets that of the "
+            f"worst tenth; {values['scheduler']}, {values['dtype']}.",
+            "",
+        ]
+    return "\n".join(parts)
+
+
 def _cell(section: Measured, configuration: str, rule: str) -> str:
     mean, worst = section.psnr_db(configuration, rule), section.worst_tenth_db(configuration, rule)
     return "" if mean is None or worst is None else f"{_decibels(mean)} ({_decibels(worst)})"
@@ -221,10 +245,10 @@ def _steps(row: Mapping[str, Any]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def _title(model: str, section: Measured) -> str:
+def _title(model: str, section: Measured, title: str = "") -> str:
     values = section.values
     pipeline = f" ({values['pipeline']})" if values["ways"] else ""
-    return f"{model}{pipeline}, {values['title']}"
+    return f"{model}{pipeline}, {title or values['title']}"
 
 
 def _note(section: Measured) -> str:
@@ -276,6 +300,7 @@ def fill(page: str, content: Mapping[str, Any], pictures: Sequence[tuple[str, st
         "gain": gain_tables(models),
         "settings": settings_tables(models),
         "auto": auto_tables(models),
+        "refresh": refresh_tables(models),
         "plots": "\n\n".join(f"![{what}]({address})" for what, address in pictures),
     }
     for name in MARKERS:

@@ -17,6 +17,7 @@ _WAY_HEADS = (
     "warmup_steps",
     "forecast",
     "freshness",
+    "guidance_refresh",
     "split",
     "devices",
 )
