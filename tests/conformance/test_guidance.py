@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning
 IN_ORDER = 99
 UNSHARED = {"z-image", "hidream", "mochi"}
 """One call with a list of samples; with the batch in dim 1; which goes through the samples one by one."""
+NOT_GUIDED: set[str] = set()
 DIFFERENCE = 1e-3
 """From the whole batch at once, relative to the largest number of the picture: float32 products of fewer rows
 are added up in another order, and decoders and random weights make more of it (7e-4 was the most)."""
@@ -75,6 +76,29 @@ def test_in_order_is_bitwise_the_untouched_denoiser_on_each_half(name: str) -> N
         assert torch.equal(one, other)
         assert (one - whole).abs().max() <= DIFFERENCE * whole.abs().max()
     assert torch.equal(generate(family, pipe, calls[0]), alone[0])
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_refreshed_guidance_of_every_family(name: str, num_stages: int) -> None:
+    """In order it is the untouched pipeline, bitwise on one device; else near it where something is left out.
+    What has no guidance, or none whose halves can be told, is as without it."""
+    family = TINY_PIPELINES[name]
+    pipe, call = family.build(), TinyCall(steps=8)
+    options: dict[str, Any] = {"num_stages": num_stages, "partition": "chain"}
+    alone = generate(family, pipe, call)
+    with asyncdiff.parallelize(pipe, guidance_refresh=2, warmup_steps=IN_ORDER, **options):
+        made = generate(family, pipe, call)
+        assert (made - alone).abs().max() <= DIFFERENCE * alone.abs().max()
+        assert torch.equal(made, alone) or num_stages > 1
+    with asyncdiff.parallelize(pipe, **options):
+        every_step = generate(family, pipe, call)
+    with asyncdiff.parallelize(pipe, guidance_refresh=2, **options):
+        made = generate(family, pipe, call)
+        assert torch.equal(generate(family, pipe, call), made)
+    assert torch.equal(made, every_step) == (name in NOT_GUIDED)
+    assert torch.equal(generate(family, pipe, call), alone)
 
 
 @pytest.mark.wide

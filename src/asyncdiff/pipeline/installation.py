@@ -65,6 +65,9 @@ if TYPE_CHECKING:
     from asyncdiff.pipeline.handle import Handle
 
 _SHORT_RUN_MARGIN = 3
+# With fewer (k = 4 at 20 steps) pictures of the bundled models are below 30 dB at guidance 7.5; with 9 (k = 2)
+# above 40 dB (docs/fidelity.md).
+_FEW_REFRESHES = 8
 # How many analyses of one input structure are kept, which differ in what steers the forward (a prompt's
 # mask). The calls of one step may each have one.
 _MAX_ANALYSES = 8
@@ -642,6 +645,15 @@ class Installation:
                 "short",
                 f"a run of {position.num_steps} steps with warmup_steps={settings.warmup_steps} is too short "
                 "to gain from asynchronous denoising.",
+            )
+        refreshes = (position.num_steps - settings.warmup_steps) // settings.guidance_refresh
+        is_ever_left_out = settings.guidance_refresh > 1 and position.num_steps > settings.warmup_steps
+        if is_ever_left_out and refreshes < _FEW_REFRESHES:
+            self._warn(
+                "few refreshes",
+                f"a run of {position.num_steps} steps is too short for guidance_refresh="
+                f"{settings.guidance_refresh}: what is left out of guidance changes too much from one "
+                "refresh to the next, above all with a high guidance scale. Use a smaller one, or more steps.",
             )
 
     def _forget_ended_runs(self) -> tuple[int, ...]:
