@@ -55,6 +55,22 @@ BAD: list[tuple[list[str], str]] = [
     ([*GENERATE, "--guidance", "both"], "together"),
     ([*GENERATE, "--devices", "5", "--guidance", "split"], "--guidance split with --stride 1 needs 2 x"),
     ([*GENERATE, "--devices", "2", "--stages", "2", "--guidance", "split"], "Pass 4 devices"),
+    ([*GENERATE, "--guidance-refresh", "0"], "--guidance-refresh 0"),
+    (
+        [*GENERATE, "--guidance-refresh", "2", "--guidance", "split"],
+        "--guidance-refresh 2 and --guidance split",
+    ),
+    ([*GENERATE, "--guidance-refresh", "2", "--stride", "2"], "--guidance-refresh 2 goes with --stride 1"),
+    (
+        [*GENERATE, "--guidance-refresh", "2", "--time-shift"],
+        "--guidance-refresh 2 goes with no --time-shift",
+    ),
+    (
+        [*GENERATE, "--guidance-refresh", "2", "--stages", "2", "--forecast", "linear"],
+        "needs --forecast latents",
+    ),
+    (["plan", "--arch", "demo", "--devices", "2", "--guidance-refresh", "1,2"], "must be 2 or more"),
+    (["quality", "--forecast", "linear", "--guidance-refresh", "2"], "goes with forecast 'latents'"),
     ([*GENERATE, "--model", "./nowhere"], "no such folder"),
     ([*GENERATE, "--model", "a/b/c"], "no model id"),
     ([*GENERATE, "--model", "empty"], "model_index.json"),

@@ -70,6 +70,18 @@ def test_time_is_that_of_the_schedule(three_devices: dict[str, Any]) -> None:
     assert sum(found[2, 1, 1]["weight_bytes"]) < 1.1 * whole_on_two["weight_bytes"][0]
 
 
+def test_refreshed_guidance_is_compared_if_asked_for(tmp_path: Path) -> None:
+    found = planned(tmp_path, *DEMO, "--steps", "30", "--guidance-refresh", "2,4")
+    assert {each["guidance_refresh"] for each in planned(tmp_path, *DEMO)["candidates"]} == {1}
+    seconds = {
+        (each["guidance_refresh"], each["num_stages"]): each["total_s"]
+        for each in found["candidates"] if each["groups"] == each["stride"] == 1
+    }  # fmt: skip
+    assert seconds.keys() == {(k, n) for k in (1, 2, 4) for n in (1, 2)}
+    for n in (1, 2):
+        assert seconds[4, n] < seconds[2, n] < seconds[1, n]
+
+
 def test_staleness_is_the_method_s(three_devices: dict[str, Any]) -> None:
     """N stages: N - 1 steps back; S copies of everything: the last is S - 1 steps ahead of its latents."""
     found = named(three_devices)

@@ -23,7 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning
 IN_ORDER = 99
 UNSHARED = {"z-image", "hidream", "mochi"}
 """One call with a list of samples; with the batch in dim 1; which goes through the samples one by one."""
-NOT_GUIDED: set[str] = set()
+NOT_GUIDED = {
+    "flux", "flux-kontext", "flux-controlnet", "flux2", "hunyuan-video", "unconditional-ddpm",
+    "unconditional-ddim", *UNSHARED,
+}  # fmt: skip
+"""Guidance-distilled or unconditional, or with halves that are not one batch in dim 0."""
 DIFFERENCE = 1e-3
 """From the whole batch at once, relative to the largest number of the picture: float32 products of fewer rows
 are added up in another order, and decoders and random weights make more of it (7e-4 was the most)."""

@@ -35,6 +35,7 @@ from asyncdiff.pipeline.devices import have_room
 from asyncdiff.pipeline.forward import current_forward, put_forward
 from asyncdiff.pipeline.guards import guard_names, install_guards, refuse_other_ways, remove_guards
 from asyncdiff.pipeline.next_round import Seen, following_round, in_advance, seen
+from asyncdiff.pipeline.noise_scheduler import scaled_inputs_of
 from asyncdiff.pipeline.partition_request import PartitionRequest
 from asyncdiff.pipeline.refresh import FirstCall, GuidedRun, Halves
 from asyncdiff.pipeline.report import CallRecord, RunRecord
@@ -48,7 +49,7 @@ from asyncdiff.pipeline.run_state import (
 )
 from asyncdiff.pipeline.runs import PlacedCall, Runs
 from asyncdiff.pipeline.scheduler_lookup import calling_pipeline, is_guided
-from asyncdiff.pipeline.timesteps import timestep_name
+from asyncdiff.pipeline.timesteps import scaled_part, timestep_name
 from asyncdiff.pipeline.turns import Turns
 from asyncdiff.pipeline.user_warning import warn_user
 from asyncdiff.planner import Plan
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
     from asyncdiff.pipeline.handle import Handle
 
 _SHORT_RUN_MARGIN = 3
-# With fewer (k = 4 at 20 steps) pictures of the bundled models are below 30 dB at guidance 7.5; with 9 (k = 2)
+# With fewer (k = 4 at 20 steps) the bundled U-Net's pictures are below 30 dB at guidance 7.5; with 9 (k = 2)
 # above 40 dB (docs/fidelity.md).
 _FEW_REFRESHES = 8
 # How many analyses of one input structure are kept, which differ in what steers the forward (a prompt's
@@ -519,7 +520,10 @@ class Installation:
             return "stages have to work ahead for it, but the timesteps to come are not known"
         latents = inputs.tensors()[inputs.latents]
         if first is None:
-            if batch_size(inputs) % 2 == 0 and torch.equal(*latents.chunk(2)):
+            # What a pipeline has concatenated to the latents may differ: SVD has no picture in one half.
+            scaled = scaled_part(latents, scaled_inputs_of(call.scheduler))
+            own = latents if scaled is None else latents.narrow(scaled[0], 0, scaled[1])
+            if batch_size(inputs) % 2 == 0 and torch.equal(*own.chunk(2)):
                 shared = self._find_shared_batch(inputs, 2)
                 if shared is not None:
                     return Halves(key, step, shared)
@@ -653,7 +657,8 @@ class Installation:
                 "few refreshes",
                 f"a run of {position.num_steps} steps is too short for guidance_refresh="
                 f"{settings.guidance_refresh}: what is left out of guidance changes too much from one "
-                "refresh to the next, above all with a high guidance scale. Use a smaller one, or more steps.",
+                "refresh to the next, above all with a high guidance scale. Use a smaller number, or more "
+                "steps.",
             )
 
     def _forget_ended_runs(self) -> tuple[int, ...]:
