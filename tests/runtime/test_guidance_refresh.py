@@ -85,3 +85,19 @@ def test_a_worker_begins_the_next_round_while_the_driver_is_at_the_other_half(
         ((0, 1), 0), ((0, 0), 0), ((0, 1), 1),  # nothing to compare with yet
         ((0, 0), 3), ((0, 0), 7),  # the worker only receives
     }  # fmt: skip
+
+
+@pytest.mark.usefixtures("spawned")
+def test_of_two_calls_a_round_without_a_second_one_is_foreseen(rounds: list[tuple[RoundInfo, bool]]) -> None:
+    """As above, but the second call's rounds come when the first has returned. Nobody is told of the round
+    after a step that has one."""
+    pipe = TINY_PIPELINES["wan-2.1"].build()
+    with asyncdiff.parallelize(pipe, ["cpu", "cpu"], **options_of(2, 4)):
+        generate(TINY_PIPELINES["wan-2.1"], pipe, TinyCall(steps=STEPS))
+    first, second = (
+        [(info.first_step, is_told) for info, is_told in rounds if info.channel == channel]
+        for channel in dict.fromkeys(info.channel for info, _ in rounds)
+    )
+    assert [step for step, _ in first] == list(range(STEPS))
+    assert [step for step, is_told in first if is_told] == [2, 3, 6, 7]
+    assert second == [(step, False) for step in (0, 3, 4, 7, 8)]

@@ -166,7 +166,8 @@ class Installation:
         self._guided: dict[int, GuidedRun] = {}
         self._channels: dict[tuple[int, Any], ChannelState] = {}
         self._warned: set[str] = set()
-        self._last_seen: tuple[int, Any, list[Seen]] | None = None
+        self._last_channel: tuple[int, Any] = (-1, None)
+        self._seen: dict[Any, list[Seen]] = {}
         self._calls: dict[int, list[CallRecord]] = {}
         self.last_call: tuple[float, int] | None = None  # when it ended, and its run
         self._context = _ContextNames()
@@ -398,13 +399,25 @@ class Installation:
         return RoundCall(info, round_, inputs.tensors(), continued)
 
     def _note_seen(self, call: PlacedCall, pieces: Sequence[Piece]) -> list[Seen] | None:
-        """What the parts of the call before were given, by which the round after this one is foreseen; None
-        where a step has several calls, because another channel comes in between."""
-        before = self._last_seen
-        self._last_seen = (call.run, call.position.channel, [seen(piece.inputs) for piece in pieces])
-        if not call.position.placed or before is None or before[:2] != self._last_seen[:2]:
+        """What the parts of the channel's call before were given, by which the round after this one is
+        foreseen; None where another channel's rounds come in between."""
+        channel = call.position.channel
+        (last_run, last_channel), self._last_channel = self._last_channel, (call.run, channel)
+        if last_run != call.run:
+            self._seen = {}
+        before = self._seen.get(channel)
+        self._seen[channel] = [seen(piece.inputs) for piece in pieces]
+        is_next = last_run == call.run and (last_channel == channel or self._is_second_left_out(call))
+        if not call.position.placed or not is_next or before is None:
             return None
-        return before[2] if len(before[2]) == len(pieces) else None
+        return before if len(before) == len(pieces) else None
+
+    def _is_second_left_out(self, call: PlacedCall) -> bool:
+        """Whether this is the first of a step's two calls, and no stage does anything for the second one."""
+        guided = self._guided.get(call.run)
+        second = None if guided is None else guided.second_channel
+        state = self._channels.get((call.run, second))
+        return state is not None and not any(state.schedule.round_of(call.position.step).ops)
 
     def _pieces(
         self,

@@ -101,6 +101,12 @@ class GuidedRun:
     def is_refreshed(self) -> bool:
         return any(halves is not None for _, halves in self._found.values())
 
+    @property
+    def second_channel(self) -> Channel | None:
+        """That of the call that is left out at times."""
+        found = (channel for channel, (_, halves) in self._found.items() if halves and halves.shared is None)
+        return next(found, None)
+
     def settle(self, channel: Channel, key: Hashable, found: Halves | str) -> None:
         """Note halves, or why the call is none."""
         if isinstance(found, str):
