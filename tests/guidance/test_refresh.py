@@ -320,6 +320,30 @@ def test_guidance_may_pause(num_stages: int) -> None:
         assert (make(pipe.unet.forward) - alone).abs().max() <= SAME_HALVES * alone.abs().max()
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_the_denoiser_may_change_in_the_middle_of_a_run(num_stages: int) -> None:
+    """States of before are not those of the changed one: warm-up again."""
+    pipe = sd()
+
+    def make() -> torch.Tensor:
+        def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 4:
+                pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+            return {}
+
+        made = generate(pipe, steps=STEPS, callback_on_step_end=change)
+        pipe.disable_freeu()
+        return made
+
+    alone = make()
+    options: dict[str, Any] = {"num_stages": num_stages, "guidance_refresh": 2, "partition": "chain"}
+    with asyncdiff.parallelize(pipe, warmup_steps=IN_ORDER, **options):
+        assert (make() - alone).abs().max() <= SAME_HALVES * alone.abs().max()
+    with asyncdiff.parallelize(pipe, **options) as handle:
+        assert not torch.equal(make(), alone)
+        assert handle.last_run.steps_in_order == ((0,) if num_stages == 1 else (0, 5))
+
+
 @pytest.mark.parametrize("options", [{"devices": 1}, {"num_stages": 2, "partition": "chain"}])
 def test_runs_of_other_sizes_and_batches_follow_one_another(options: dict[str, Any]) -> None:
     pipe = sd()

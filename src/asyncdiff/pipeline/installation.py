@@ -289,8 +289,8 @@ class Installation:
         evaluated at every step is the prompt's in diffusers: with guidance scale g an error of the other then
         counts g - 1 times, else it would count g times.
         """
-        position, begin = call.position, halves.first_step
-        step, channel = position.step, position.channel
+        step, channel = call.position.step, call.position.channel
+        begin = halves.first_step if self.settings.num_stages == 1 else step
         names = [(channel, part) for part in range(2)]
         parts = halves.parts(whole)
         if self.settings.num_stages == 1:
