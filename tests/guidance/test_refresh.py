@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*too short:asyncdiff.pipeline.u
 
 STEPS = 11
 IN_ORDER = 99
+ONE_OR_TWO = [pytest.param(1, marks=pytest.mark.wide), 2]
+DEVICES = [pytest.param({"devices": 1}, marks=pytest.mark.wide), {"num_stages": 2, "partition": "chain"}]
 SAME_HALVES = 2e-5
 """Relative to the largest number of a picture: products of half as many rows may be added up in another
 order (`test_split.py`)."""
@@ -58,8 +60,7 @@ def refreshed(pipe: Any, k: int, steps: int = STEPS, **options: Any) -> torch.Te
     ("name", "k"),
     [
         ("sd Euler", 2),
-        ("sd3", 4),
-        *(pytest.param(name, 3, marks=pytest.mark.wide) for name in ("sd", "sdxl", "sd3")),
+        *(pytest.param(name, 4, marks=pytest.mark.wide) for name in ("sd", "sdxl", "sd3")),
     ],
 )
 def test_one_device_follows_the_method(name: str, k: int) -> None:
@@ -106,7 +107,6 @@ def test_in_order_one_device_is_bitwise_the_untouched_pipeline(name: str) -> Non
     ("name", "leads", "k"),
     [
         ("sdxl", (1, 1, 0), 4),
-        ("sd3", (2, 1, 0), 2),
         *(
             pytest.param(name, leads, k, marks=pytest.mark.wide)
             for name, leads in {"sd Euler": (1, 0), "sdxl": (1, 1, 0), "sd3": (2, 1, 0)}.items()
@@ -163,8 +163,8 @@ def test_each_stage_evaluates_the_left_out_half_once_per_refresh() -> None:
 # -- what guidance is ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"devices": 1}, {"num_stages": 2, "partition": "chain"}])
-@pytest.mark.parametrize("is_same", [False, True], ids=["other noise", "the same noise"])
+@pytest.mark.parametrize("options", DEVICES)
+@pytest.mark.parametrize("is_same", [pytest.param(False, marks=pytest.mark.wide), True])
 def test_two_pictures_without_guidance_are_no_halves(options: dict[str, Any], is_same: bool) -> None:
     """Nor where nobody says that there is no guidance: with the same noise and other prompts latents differ
     from the second step on."""
@@ -190,7 +190,7 @@ def test_two_pictures_without_guidance_are_no_halves(options: dict[str, Any], is
         assert torch.equal(generate(pipe, **call), expected)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("num_stages", ONE_OR_TWO)
 def test_halves_that_turn_out_to_be_two_pictures_are_evaluated(num_stages: int) -> None:
     """Of a denoiser in a pipeline that says nothing of guidance."""
     pipe = sd()
@@ -220,7 +220,7 @@ def test_halves_that_turn_out_to_be_two_pictures_are_evaluated(num_stages: int) 
                 assert torch.equal(Loop().run(), alone)
 
 
-@pytest.mark.parametrize("options", [{"devices": 1}, {"num_stages": 2, "partition": "chain"}])
+@pytest.mark.parametrize("options", DEVICES)
 def test_three_way_guidance_is_left_as_it_is(options: dict[str, Any]) -> None:
     pipe = sd(StableDiffusionInstructPix2PixPipeline, unet=unet(in_channels=8))
     generator = torch.Generator()
@@ -268,7 +268,7 @@ def stop_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) 
     return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("num_stages", ONE_OR_TWO)
 def test_guidance_may_end_in_the_middle_of_a_run(num_stages: int) -> None:
     pipe = sd()
     arguments: dict[str, Any] = {
@@ -286,7 +286,7 @@ def test_guidance_may_end_in_the_middle_of_a_run(num_stages: int) -> None:
         assert handle.last_run.steps_in_order == (0, 5), "warm-up again"
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("num_stages", ONE_OR_TWO)
 def test_guidance_may_pause(num_stages: int) -> None:
     """What was known of the difference before is not used after it."""
     pipe = sd()
@@ -320,7 +320,7 @@ def test_guidance_may_pause(num_stages: int) -> None:
         assert (make(pipe.unet.forward) - alone).abs().max() <= SAME_HALVES * alone.abs().max()
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("num_stages", ONE_OR_TWO)
 def test_the_denoiser_may_change_in_the_middle_of_a_run(num_stages: int) -> None:
     """States of before are not those of the changed one: warm-up again."""
     pipe = sd()
@@ -344,7 +344,7 @@ def test_the_denoiser_may_change_in_the_middle_of_a_run(num_stages: int) -> None
         assert handle.last_run.steps_in_order == ((0,) if num_stages == 1 else (0, 5))
 
 
-@pytest.mark.parametrize("options", [{"devices": 1}, {"num_stages": 2, "partition": "chain"}])
+@pytest.mark.parametrize("options", DEVICES)
 def test_runs_of_other_sizes_and_batches_follow_one_another(options: dict[str, Any]) -> None:
     pipe = sd()
     calls: list[dict[str, Any]] = [{}, {"size": 16}, {"num_images_per_prompt": 2}, {}]
@@ -448,7 +448,7 @@ def test_a_third_call_ends_it() -> None:
         ),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("num_stages", ONE_OR_TWO)
 def test_other_pipelines_with_two_calls(family: str, num_stages: int) -> None:
     stand_in = TINY_PIPELINES[family]
     pipe = stand_in.build()

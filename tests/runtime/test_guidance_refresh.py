@@ -42,7 +42,7 @@ def options_of(num_stages: int, k: int) -> dict[str, Any]:
     ("family", "num_stages", "k"),
     [
         ("sd15", 2, 2),
-        ("sd3", 3, 4),
+        pytest.param("sd3", 3, 4, marks=pytest.mark.wide),
         ("wan-2.1", 2, 2),
         pytest.param("sd15", 3, 3, marks=pytest.mark.wide),
         pytest.param("sdxl", 2, 4, marks=pytest.mark.wide),
