@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from asyncdiff.errors import ConfigurationError
+from asyncdiff.pipeline.analysis import Analysis
 from asyncdiff.pipeline.denoiser import takes_step
 from asyncdiff.pipeline.installation import Installation, Piece
 from asyncdiff.pipeline.next_round import at_step
@@ -24,7 +25,7 @@ from asyncdiff.pipeline.runs import PlacedCall
 from asyncdiff.pipeline.timesteps import timestep_name
 from asyncdiff.runtime.awaited import Delivery
 from asyncdiff.runtime.executor import RoundCall
-from asyncdiff.runtime.lookahead import is_same, version_of
+from asyncdiff.runtime.lookahead import version_of
 from asyncdiff.trace import Inputs
 from asyncdiff.tracking import Channel
 
@@ -57,24 +58,28 @@ class _Guess:
     expected to differ from the call's; `versions`: of the tensors."""
 
     step: int
+    analysis: Analysis
     inputs: Inputs
     continued: frozenset[str]
     versions: dict[str, int]
 
-    def came_true(self, step: int, inputs: Inputs) -> bool:
+    def came_true(self, step: int, piece: Piece) -> bool:
         """Whether the call is the one that was guessed, but for what is continued. Tensors that the pipeline
         makes anew are compared, for which a device is waited for."""
-        if step != self.step or inputs.key() != self.inputs.key():
+        if step != self.step or piece.state.analysis is not self.analysis:
             return False
+        called = piece.inputs
         return all(
             name in self.continued or self._is_same(name, expected, leaf)
-            for name, expected, leaf in zip(inputs.names, self.inputs.leaves, inputs.leaves, strict=True)
+            for name, expected, leaf in zip(called.names, self.inputs.leaves, called.leaves, strict=True)
         )
 
     def _is_same(self, name: str, expected: Any, leaf: Any) -> bool:
-        if isinstance(expected, torch.Tensor):
-            return is_same(expected, self.versions[name], leaf, may_wait=True)
-        return bool(expected == leaf)
+        if not isinstance(expected, torch.Tensor):
+            return bool(expected == leaf)
+        if version_of(expected) != self.versions[name]:
+            return False
+        return leaf is expected or (leaf.dtype == expected.dtype and torch.equal(leaf, expected))
 
 
 class ControlNetInstallation(Installation):
@@ -110,7 +115,7 @@ class ControlNetInstallation(Installation):
         key, step = (call.run, call.position.channel), call.position.step
         piece.state.note_inputs(call, piece.inputs)
         guess = self._guesses.pop(key, None)
-        if guess is None or not guess.came_true(step, piece.inputs):
+        if guess is None or not guess.came_true(step, piece):
             self._wrong_guesses[call.run] += guess is not None
             self.groups.run_rounds(call.run, {piece.group: self._round(call, whole, piece, None)})
         if self._works_ahead and call.position.placed:
@@ -148,7 +153,9 @@ class ControlNetInstallation(Installation):
         self.groups.run_rounds(call.run, {piece.group: round_})
         known = continued.keys() | ({name} if state.is_sure else set())
         versions = {each: version_of(tensor) for each, tensor in inputs.tensors().items()}
-        self._guesses[call.run, call.position.channel] = _Guess(step, inputs, frozenset(known), versions)
+        self._guesses[call.run, call.position.channel] = _Guess(
+            step, state.analysis, inputs, frozenset(known), versions
+        )
 
     def _timestep(self, call: PlacedCall, piece: Piece, step: int) -> Any:
         """The argument of a step to come; None where it is not known yet, or will never be."""

@@ -36,7 +36,7 @@ class Announcement:
             call.round is self.call.round
             and _is_same_info(call.info, self.call.info)
             and all(
-                name in call.tensors and is_same(*expected, call.tensors[name], self.may_wait)
+                name in call.tensors and _is_same(*expected, call.tensors[name], self.may_wait)
                 for name, expected in self.expected.items()
             )
         )
@@ -102,7 +102,7 @@ def _is_same_condition(one: Condition, other: Condition) -> bool:
     return one.latents_scale == other.latents_scale and _is_equal(one.timestep, other.timestep)
 
 
-def is_same(expected: torch.Tensor, version: int, tensor: torch.Tensor, may_wait: bool) -> bool:
+def _is_same(expected: torch.Tensor, version: int, tensor: torch.Tensor, may_wait: bool) -> bool:
     """The same object, not written to since; or a tensor with the same elements, which where nobody may wait
     is a small one (a timestep)."""
     if tensor is expected:
