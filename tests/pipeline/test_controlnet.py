@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -23,8 +23,11 @@ from asyncdiff.tiny import TINY_PIPELINES
 pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
 
 ONE: dict[str, Any] = {"num_stages": 1, "guidance": "together"}
-COMMON = ("sd15", "sdxl", "flux")
-ALL = [pytest.param(name, marks=() if name in COMMON else pytest.mark.wide) for name in FAMILIES]
+
+
+def first_of(names: Iterable[str], *few: str) -> list[Any]:
+    """A few by default, the others with the wide tests."""
+    return [pytest.param(name, marks=() if name in few else pytest.mark.wide) for name in names]
 
 
 def end_early(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +46,7 @@ WAYS_TO_CALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", first_of(FAMILIES, "sdxl", "flux"))
 def test_overlap_is_bitwise_the_untouched_pipeline(name: str) -> None:
     family = FAMILIES[name]
     pipe = family.build()
@@ -54,7 +57,7 @@ def test_overlap_is_bitwise_the_untouched_pipeline(name: str) -> None:
     assert torch.equal(family.generate(pipe), expected[0])
 
 
-@pytest.mark.parametrize("way", WAYS_TO_CALL)
+@pytest.mark.parametrize("way", first_of(WAYS_TO_CALL, "ends early", "guess mode"))
 @pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.wide)])
 def test_overlap_is_exact_however_the_pipeline_is_called(name: str, way: str) -> None:
     family, changes = FAMILIES[name], WAYS_TO_CALL[way]
@@ -68,7 +71,7 @@ def test_overlap_is_exact_however_the_pipeline_is_called(name: str, way: str) ->
     ("name", "options"),
     [
         ("sd15", {"num_stages": 2, "partition": "chain"}),
-        ("sdxl", {"num_stages": 1, "guidance": "split"}),
+        pytest.param("sdxl", {"num_stages": 1, "guidance": "split"}, marks=pytest.mark.wide),
         pytest.param("sd15", {"num_stages": 2, "partition": "nested"}, marks=pytest.mark.wide),
         pytest.param("sd15", {"num_stages": 2, "stride": 2}, marks=pytest.mark.wide),
         pytest.param("sdxl", {"num_stages": 3, "forecast": "none"}, marks=pytest.mark.wide),
@@ -149,7 +152,7 @@ class AheadOfItsCall:
     ("name", "warmup_steps", "changes"),
     [
         ("sd15", 1, {}),
-        ("sdxl", 2, {}),
+        pytest.param("sdxl", 2, {}, marks=pytest.mark.wide),
         ("sd15", 1, {"control_guidance_end": 0.5}),
         pytest.param("two", 1, {}, marks=pytest.mark.wide),
         pytest.param("flux", 3, {}, marks=pytest.mark.wide),
@@ -172,7 +175,7 @@ def test_ahead_equals_an_independent_model(name: str, warmup_steps: int, changes
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", first_of(FAMILIES, "sd15"))
 def test_ahead_in_warmup_is_bitwise_the_untouched_pipeline(name: str) -> None:
     family = FAMILIES[name]
     pipe = family.build()

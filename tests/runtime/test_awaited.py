@@ -178,6 +178,19 @@ def test_everybody_is_told_of_a_failure() -> None:
     delivery.end()  # nobody who needs it
 
 
+def test_interrupt_is_told_once() -> None:
+    def wait() -> list[torch.Tensor]:
+        raise KeyboardInterrupt
+
+    delivery = Delivery(wait)
+    (awaited,) = delivery.tensors([tensor_spec(two()[0])], CPU)
+    with pytest.raises(KeyboardInterrupt):
+        awaited.sum()
+    delivery.end()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        awaited.sum()
+
+
 def test_listeners_are_told_once_when_all_is_there() -> None:
     delivery, (awaited, _) = delivery_of(two())
     seen: list[bool] = []

@@ -48,7 +48,7 @@ class Delivery:
     ) -> None:
         self._wait: Callable[[], Sequence[torch.Tensor]] | None = wait
         self._lock = lock or threading.RLock()
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._promises: list[weakref.ref[_Promise]] = []
         self._listeners: list[Callable[[], None]] = []
 
@@ -76,8 +76,9 @@ class Delivery:
 
     def end(self) -> None:
         """Wait, if anybody can still look at the tensors; what goes wrong, they are told when they do."""
-        with suppress(Exception):
-            self.arrive()
+        if self.is_open:
+            with suppress(Exception):
+                self.arrive()
 
     def arrive(self) -> None:
         """Wait for the tensors, unless they are there, and carry out what was put off."""
@@ -87,7 +88,8 @@ class Delivery:
                 try:
                     tensors = wait()
                 except BaseException as error:
-                    self._error = error
+                    interrupted = RuntimeError("waiting for this tensor was interrupted")
+                    self._error = error if isinstance(error, Exception) else interrupted
                     raise
                 for reference in self._promises:
                     promise = reference()
