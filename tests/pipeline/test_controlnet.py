@@ -14,11 +14,13 @@ from method_reference import Reference
 
 import asyncdiff
 from asyncdiff.errors import ConfigurationError, ParallelizedError
+from asyncdiff.pipeline.controlnet_cost import examine_controlnet
+from asyncdiff.pipeline.examination import examine
 from asyncdiff.pipeline.user_warning import AsyncDiffWarning
 from asyncdiff.runtime.awaited import AwaitedTensor
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.stage import StageReplica
-from asyncdiff.tiny import TINY_PIPELINES
+from asyncdiff.tiny import TINY_PIPELINES, TinyCall
 
 pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
 
@@ -357,3 +359,36 @@ def test_in_inference_mode() -> None:
         family.generate(pipe)
         with torch.inference_mode():
             assert torch.equal(family.generate(pipe), expected)
+
+
+def test_plan_leaves_the_last_device_to_the_controlnet() -> None:
+    family = FAMILIES["sd15"]
+    pipe = family.build()
+    example = family.arguments(TinyCall())
+    expected = family.generate(pipe)
+    options: dict[str, Any] = {"devices": ["cpu"] * 3, "num_stages": 2, "controlnet": "overlap"}
+    plan = asyncdiff.plan(pipe, **options, profile=True, example=example)
+    assert len(plan.devices) == plan.num_workers == 2
+    assert torch.equal(family.generate(pipe), expected), "it has left something behind"
+    with pytest.raises(ConfigurationError, match="Pass at least 2"):
+        asyncdiff.plan(pipe, devices=1, controlnet="ahead", example=example)
+    with asyncdiff.parallelize(pipe, plan=plan, devices=3, runtime="local", controlnet="overlap"):
+        by_plan = family.generate(pipe)
+    with asyncdiff.parallelize(pipe, plan=plan, runtime="local"):
+        assert torch.equal(by_plan, family.generate(pipe))
+
+
+def test_denoiser_is_seen_to_read_residuals_on_the_way_up() -> None:
+    family = FAMILIES["sd15"]
+    pipe = family.build()
+    looked = examine_controlnet(pipe, family.arguments(TinyCall()), weights_at_hand=True)
+    names = {name.partition(".")[0] for name in looked.read_as}
+    assert names == {"down_block_additional_residuals", "mid_block_additional_residual"}
+    denoiser = examine(pipe.unet, looked.denoiser_inputs, weights_at_hand=True)
+    whole = denoiser.recording.calls[0].key
+    seconds = {call.key: 1.0 for call in denoiser.recording.calls} | {whole: 100.0}
+    cost = looked.cost(7.0, denoiser, seconds)
+    before = ["conv_in", "time", "down_blocks.0", "down_blocks.1", "mid_block"]
+    assert 3.0 <= cost.read_after_seconds <= len(before), "what comes before the blocks on the way up"
+    assert cost.seconds == 7.0
+    assert cost.output_bytes == sum(spec.num_bytes for spec in looked.output.tensors)

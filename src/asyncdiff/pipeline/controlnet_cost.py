@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asyncdiff.errors import ConfigurationError
 from asyncdiff.graph import BlockKey
 from asyncdiff.pipeline.controlnet import controlnet_of
 from asyncdiff.pipeline.denoiser import capture_call, denoisers_of, replaced_forward
@@ -60,6 +61,15 @@ class ExaminedControlNet:
             sum(spec.num_bytes for spec in self.output.tensors),
             seconds_before_reading(graph, estimate_seconds(graph, kind, dtype), self.read_as),
         )
+
+
+def has_controlnet(pipe: Any) -> bool:
+    """Whether it could have a device of its own."""
+    try:
+        controlnet_of(pipe, tuple(denoisers_of(pipe).values()))
+    except ConfigurationError:
+        return False
+    return True
 
 
 def examine_controlnet(pipe: Any, call: Mapping[str, Any], *, weights_at_hand: bool) -> ExaminedControlNet:

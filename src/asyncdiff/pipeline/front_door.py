@@ -21,6 +21,7 @@ from asyncdiff.launch.torchrun import join_torchrun
 from asyncdiff.pipeline.analysis import first_plan, record_call
 from asyncdiff.pipeline.controlnet import NAME as CONTROLNET_NAME
 from asyncdiff.pipeline.controlnet import ControlNetInstallation, controlnet_of
+from asyncdiff.pipeline.controlnet_cost import examine_controlnet, returning
 from asyncdiff.pipeline.denoiser import (
     capture_call,
     denoisers_of,
@@ -292,6 +293,7 @@ def plan(
     forecast: str = "latents",
     freshness: str = "auto",
     guidance: str = "auto",
+    controlnet: str = "serial",
     partition: PartitionRequest = None,
     profile: bool = False,
     speeds: Sequence[float] | None = None,
@@ -306,6 +308,8 @@ def plan(
     bytes; slower, better balanced, and not the same cut every time. `speeds`: of each device, as many as
     there are, 1.0 for one like the denoiser's; by default all are equal, or with `profile` as fast as
     devices of another kind turn out to be, each of which holds the whole denoiser while it is timed.
+    `controlnet`: with "overlap" and "ahead" the last device is none of the plan's, and a ControlNet no part
+    of the pipeline's own work.
     """
     denoisers = denoisers_of(pipe)
     _refuse_what_cannot_be_divided(pipe, denoisers)
@@ -321,13 +325,19 @@ def plan(
         forecast,
         freshness,
         guidance,
-        partition=partition,
+        controlnet,
+        partition,
     )
-    placement = settle_placement(devices, num_stages, stride, "auto", device, wish.guidance_of_devices)
+    placement = settle_placement(
+        devices, num_stages, stride, "auto", device, wish.guidance_of_devices, controlnet
+    )
     settings = _settings(placement, wish)
     check_partition(partition, settings, denoiser)
     check_speeds(settings.num_stages, stride, speeds, settings.groups)
     call = dict(example) if example is not None else {"prompt": ""}
+    beside = None
+    if controlnet != "serial":
+        beside = examine_controlnet(pipe, call, weights_at_hand=True)
     args, kwargs = capture_call(pipe, denoisers.values(), call)
     inputs = flatten_inputs(type(denoiser).forward, args, kwargs)
     skeleton = dump_skeleton(denoiser, allow_main=True)
@@ -356,9 +366,12 @@ def plan(
     recording = record_call(denoiser, skeleton, inputs, device, weights_at_hand=True)
     measured = None
     if profile:
-        measured = profile_pipeline(
-            pipe, denoisers.values(), call, inputs, recording, device, threads, whole=whole
-        )
+        with ExitStack() as stack:
+            if beside is not None:
+                stack.enter_context(replaced_forward(beside.module, returning(beside.output, beside.inputs)))
+            measured = profile_pipeline(
+                pipe, denoisers.values(), call, inputs, recording, device, threads, whole=whole
+            )
     return first_plan(
         recording,
         settings,

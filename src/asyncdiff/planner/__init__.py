@@ -1,6 +1,12 @@
 """Numbers in, plan out: costs, cut points, partitions, plans and what they predict. Pure."""
 
-from asyncdiff.planner.candidates import Candidate, Objective, choose_candidate, list_candidates
+from asyncdiff.planner.candidates import (
+    Candidate,
+    ControlNetCandidates,
+    Objective,
+    choose_candidate,
+    list_candidates,
+)
 from asyncdiff.planner.choice import choose_plan
 from asyncdiff.planner.controlnet import ControlNetCost, seconds_before_reading, step_seconds
 from asyncdiff.planner.costs import estimate_seconds, glue_seconds
@@ -18,6 +24,7 @@ from asyncdiff.planner.timing import simulate
 
 __all__ = [
     "Candidate",
+    "ControlNetCandidates",
     "ControlNetCost",
     "Objective",
     "Plan",
