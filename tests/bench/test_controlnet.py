@@ -46,7 +46,8 @@ def test_ceiling_is_both_at_once_on_this_machine(busy_speed: float, ceiling: flo
 @pytest.mark.wide
 def test_command_measures_and_writes(tmp_path: Path) -> None:
     file = tmp_path / "controlnet.json"
-    options = "--arch controlnet-demo --size 64 --dtype float32 --runs 1 --steps 5".split()
+    subject = ["--arch", "controlnet-demo", "--size", "64", "--dtype", "float32"]
+    options = [*subject, "--runs", "1", "--steps", "5"]
     command = [sys.executable, "-m", "asyncdiff.bench.controlnet", *options, "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
     assert done.returncode == 0, done.stderr

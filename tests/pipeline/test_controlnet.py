@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from controlnet_pipelines import FAMILIES
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from method_reference import Reference
 
 import asyncdiff
+from asyncdiff.demo import GUIDANCE_SCALE, load_demo_pipeline
 from asyncdiff.errors import ConfigurationError, ParallelizedError
 from asyncdiff.pipeline.controlnet_cost import examine_controlnet
 from asyncdiff.pipeline.examination import examine
@@ -21,6 +23,7 @@ from asyncdiff.runtime.awaited import AwaitedTensor
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.stage import StageReplica
 from asyncdiff.tiny import TINY_PIPELINES, TinyCall
+from asyncdiff.tiny.parts import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::asyncdiff.pipeline.user_warning.AsyncDiffWarning")
 
@@ -392,3 +395,39 @@ def test_denoiser_is_seen_to_read_residuals_on_the_way_up() -> None:
     assert 3.0 <= cost.read_after_seconds <= len(before), "what comes before the blocks on the way up"
     assert cost.seconds == 7.0
     assert cost.output_bytes == sum(spec.num_bytes for spec in looked.output.tensors)
+
+
+def test_ahead_changes_little_of_what_a_controlnet_changes() -> None:
+    """With hidden states of a trained U-Net, and a ControlNet made of its weights. Not a trained one: this
+    bounds how the latents are continued, and says nothing about pictures."""
+    demo = load_demo_pipeline()
+    levels = len(demo.vae.config.block_out_channels)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        controlnet = ControlNetModel.from_unet(
+            demo.unet, conditioning_embedding_out_channels=(16,) * levels
+        ).eval()
+        with torch.no_grad():
+            for module in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+                module.weight.normal_(std=0.3 / module.weight[0].numel() ** 0.5)
+            controlnet.controlnet_cond_embedding.conv_out.weight.normal_(std=0.1)
+    parts = demo.components | {"controlnet": controlnet}
+    pipe = quiet(StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
+    side = demo.unet.config.sample_size * 2 ** (levels - 1)
+    picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+    def generate(strength: float = 1.0) -> torch.Tensor:
+        made: torch.Tensor = pipe(
+            "a red circle", image=picture, num_inference_steps=25, guidance_scale=GUIDANCE_SCALE,
+            controlnet_conditioning_scale=strength, generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images  # fmt: skip
+        return made
+
+    exact, without = generate(), generate(strength=0.0)
+    with asyncdiff.parallelize(pipe, controlnet="ahead", **ONE):
+        ahead = generate()
+    change = (without - exact).norm() / exact.norm()
+    error = (ahead - exact).norm() / exact.norm()
+    assert change > 0.05
+    assert 0 < error < 0.1 * change

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,6 +61,7 @@ WAYS = (
     Way(1, 1, "overlap"), Way(1, 1, "ahead"),
     Way(2, 1, "overlap"), Way(2, 1, "ahead"), Way(1, 2, "overlap"), Way(1, 2, "ahead"),
 )  # fmt: skip
+_HEADS = ["denoiser", "devices", "predicted", "over 1", "over serial", "measured", "over 1"]
 MEASURED = tuple(way for way in WAYS if way.num_stages * way.groups == 1)
 
 
@@ -350,6 +352,10 @@ def controlnet(
     devices: command.DevicesOption = "cpu,cpu",
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 12,
     runs: Annotated[int, typer.Option(help="Times everything is done.")] = 3,
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", metavar="FILE", exists=True, dir_okay=False, help="Fill the table in it."),
+    ] = None,
     json_file: command.JsonOption = None,
 ) -> None:
     """Predict and measure what a device of its own for the ControlNet brings."""
@@ -358,13 +364,33 @@ def controlnet(
     command.check_at_least("--runs", runs, 1)
     names = _device_names(devices)
     result = measure_controlnet(arch=arch, size=size, dtype=dtype, devices=names, steps=steps, runs=runs)
-    command.show_table(
-        f"{arch}, {size} px, {dtype}: a steady step",
-        ["denoiser", "devices", "predicted", "over 1", "over serial", "measured", "over 1"],
-        [result.row(way) for way in WAYS],
-    )
+    rows = [result.row(way) for way in WAYS]
+    command.show_table(f"{arch}, {size} px, {dtype}: a steady step", _HEADS, rows)
     typer.echo(f"Machine: denoiser and ControlNet at once, nothing lost, would be {result.ceiling:.2f}x.")
     command.finish("controlnet", result.to_json(), json_file)
+    if page is not None:
+        from asyncdiff.bench.readme import replace_measured
+
+        page.write_text(replace_measured(page.read_text(encoding="utf-8"), _markdown(result)))
+
+
+def _markdown(result: ControlNetBenchmark) -> str:
+    from asyncdiff.bench.environment import describe_environment
+
+    environment = describe_environment()
+    versions, cpu = environment["packages"], environment["devices"][0]
+    lines = [f"| {' | '.join(cells)} |" for cells in (_HEADS, ["---"] * len(_HEADS), *map(result.row, WAYS))]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result.arch}, {result.size} px, {result.dtype}, steady steps; medians of "
+            f"{len(result.repetitions)} repetitions. Denoiser and ControlNet at once, nothing lost, would be "
+            f"{result.ceiling:.2f}x on this machine: {cpu['model']}, {cpu['cores']} cores, one for each "
+            f"device, torch {versions['torch']}, diffusers {versions['diffusers']}. Predictions for three "
+            "devices are of three such cores.",
+        ]
+    )
 
 
 def _device_names(text: str) -> tuple[str, ...]:
