@@ -87,14 +87,14 @@ class Delivery:
                 wait, self._wait = self._wait, None
                 try:
                     tensors = wait()
+                    for reference in self._promises:
+                        promise = reference()
+                        if promise is not None:  # else nobody can ask for it any more
+                            promise.keep(tensors)
                 except BaseException as error:
                     interrupted = RuntimeError("waiting for this tensor was interrupted")
                     self._error = error if isinstance(error, Exception) else interrupted
                     raise
-                for reference in self._promises:
-                    promise = reference()
-                    if promise is not None:  # else nobody can ask for it any more
-                        promise.keep(tensors)
                 self._promises.clear()
                 listeners, self._listeners = self._listeners, []
                 for listener in listeners:
