@@ -393,6 +393,10 @@ def test_denoiser_is_seen_to_read_residuals_on_the_way_up() -> None:
     cost = looked.cost(7.0, denoiser, seconds)
     before = ["conv_in", "time", "down_blocks.0", "down_blocks.1", "mid_block"]
     assert 3.0 <= cost.read_after_seconds <= len(before), "what comes before the blocks on the way up"
+    plans = [each.plan(2, ["cpu", "cpu"]).predictions for each in (denoiser, looked.before(denoiser))]
+    assert [each and each.latents_stages for each in plans] == [(0,), (0, 1)], (
+        "the second one reads residuals"
+    )
     assert cost.seconds == 7.0
     assert cost.output_bytes == sum(spec.num_bytes for spec in looked.output.tensors)
 

@@ -279,7 +279,8 @@ def _profile(subject: Subject, threads: int | None) -> _Costs:
     controlnet_seconds = looked.measured_seconds(device, threads)
 
     def profiled(examination: Examination, seconds: Mapping[BlockKey, float]) -> _Profiled:
-        return _Profiled(examination, seconds, looked.cost(controlnet_seconds, examination, seconds))
+        cost = looked.cost(controlnet_seconds, examination, seconds)
+        return _Profiled(looked.before(examination), seconds, cost)
 
     whole = examine(denoiser, looked.denoiser_inputs, weights_at_hand=True)
     with replaced_forward(looked.module, returning(looked.output, looked.inputs)):

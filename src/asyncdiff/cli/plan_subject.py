@@ -110,10 +110,12 @@ def look_at(request: Request, device: str, report: Progress) -> Looked:
         pipe = load_without_weights(str(Path(request.model).expanduser()), dtype)
         denoiser, inputs = example_denoiser_call(pipe, request.size)
         call = example_inputs(pipe, request.size)[0] if has_controlnet(pipe) else {}
+    beside = examine_controlnet(pipe, call, weights_at_hand=False) if has_controlnet(pipe) else None
+    if beside is not None:
+        inputs = beside.denoiser_inputs
     part = examine_part(denoiser, inputs, weights_at_hand=False)
     whole = examine(denoiser, inputs, weights_at_hand=False)
-    beside = examine_controlnet(pipe, call, weights_at_hand=False) if has_controlnet(pipe) else None
-    return Looked(whole, None if part is None else part[0], beside)
+    return _looked(whole, None if part is None else part[0], beside)
 
 
 def measure(
@@ -138,12 +140,14 @@ def measure(
         pipe = load_pipeline(request.model, request.dtype, devices[0])
         denoiser = next(iter(denoisers_of(pipe).values()))
         call, inputs = example_inputs(pipe, request.size)
+    beside, controlnet_seconds = None, None
+    if has_controlnet(pipe):
+        beside = examine_controlnet(pipe, call, weights_at_hand=True)
+        inputs = beside.denoiser_inputs
     examination = examine(denoiser, inputs, weights_at_hand=True)
     report("Timing the blocks", 0, 0)
-    beside, controlnet_seconds = None, None
     with ExitStack() as stack:
-        if has_controlnet(pipe):
-            beside = examine_controlnet(pipe, call, weights_at_hand=True)
+        if beside is not None:
             controlnet_seconds = beside.measured_seconds(device, threads)
             # Else it would count as the pipeline's own work.
             stack.enter_context(replaced_forward(beside.module, returning(beside.output, beside.inputs)))
@@ -154,7 +158,7 @@ def measure(
         part_seconds = profile_blocks(denoiser, part[1], part[0].recording, device, threads)
     with replaced_forward(denoiser, None):
         speeds = relative_speeds(denoiser, examination.weights, inputs, devices, threads)
-    looked = Looked(examination, None if part is None else part[0], beside)
+    looked = _looked(examination, None if part is None else part[0], beside)
     return looked, Measured(profile, speeds, part_seconds, controlnet_seconds)
 
 
@@ -186,6 +190,12 @@ def _architecture(request: Request) -> Architecture:
     assert request.arch is not None
     found = ARCHITECTURES.get(request.arch) or architecture_named(request.arch)
     return found if request.size is None else replace(found, height=request.size, width=request.size)
+
+
+def _looked(whole: Examination, part: Examination | None, controlnet: ExaminedControlNet | None) -> Looked:
+    if controlnet is None:
+        return Looked(whole, part)
+    return Looked(controlnet.before(whole), part and controlnet.before(part), controlnet)
 
 
 def _size(request: Request, architecture: Architecture) -> int:

@@ -18,9 +18,10 @@ from asyncdiff.pipeline.examination import Examination, examine, with_values
 from asyncdiff.planner import ControlNetCost, estimate_seconds, seconds_before_reading
 from asyncdiff.planner.costs import rates_of
 from asyncdiff.profile import time_calls
-from asyncdiff.runtime.awaited import AwaitedTensor, Delivery
+from asyncdiff.runtime.awaited import AwaitedTensor, Delivery, arrived
 from asyncdiff.stage import OutputSpec, output_spec
 from asyncdiff.trace import Inputs, find_blocks, flatten_inputs
+from asyncdiff.weights.ownership import dense_spec, empty_tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class ExaminedControlNet:
         """On the device where it is, with all its weights."""
         whole = self.examination.recording.calls[0].key
         return time_calls(self.module, self.inputs, [whole], device, threads=threads)[whole]
+
+    def before(self, denoiser: Examination) -> Examination:
+        """The denoiser's examination, knowing that what the ControlNet makes is new at every step: no stage
+        that reads it can go ahead of the call."""
+        recording = denoiser.recording
+        latents = tuple(dict.fromkeys((*recording.latents, *sorted(self.read_as))))
+        return replace(denoiser, recording=replace(recording, latents=latents))
 
     def cost(
         self, seconds: float, denoiser: Examination, block_seconds: Mapping[BlockKey, float] | None = None
@@ -92,10 +100,10 @@ def returning(output: OutputSpec, inputs: Inputs) -> Callable[..., Any]:
     device = inputs.tensors()[inputs.latents].device
 
     def zeros() -> list[torch.Tensor]:
-        return [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in output.tensors]
+        return [empty_tensor(dense_spec(spec), device).zero_() for spec in output.tensors]
 
     return lambda *args, **kwargs: output.rebuild(Delivery(zeros).tensors(output.tensors, device))
 
 
 def _plain(inputs: Inputs) -> Inputs:
-    return replace(inputs, leaves=tuple(map(with_values, inputs.leaves)))
+    return replace(inputs, leaves=tuple(with_values(arrived(leaf)) for leaf in inputs.leaves))
