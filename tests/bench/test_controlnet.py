@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncdiff.bench.controlnet import MEASURED, WAYS, ControlNetBenchmark, Repetition, Way
+from asyncdiff.bench.controlnet import MEASURED, WAYS, ControlNetBenchmark, Repetition, Way, markdown
+from asyncdiff.bench.readme import replace_measured
 
 
 def repetition(serial_ms: float, ahead_ms: float, busy_speed: float = 1.0) -> Repetition:
@@ -71,3 +72,13 @@ def test_bad_usage_is_one_line_and_code_2(options: list[str], message: str) -> N
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_table_fills_the_page() -> None:
+    page = Path(__file__).parents[2] / "docs" / "controlnet.md"
+    result = benchmark(repetition(100.0, 50.0))
+    filled = replace_measured(page.read_text(encoding="utf-8"), markdown(result))
+    assert (
+        "| whole; ControlNet ahead, on its own | 2 | 50.00 ms | 2.00x | 2.00x | 50.00 ms | 2.00x |" in filled
+    )
+    assert replace_measured(filled, markdown(result)) == filled

@@ -372,10 +372,11 @@ def controlnet(
     if page is not None:
         from asyncdiff.bench.readme import replace_measured
 
-        page.write_text(replace_measured(page.read_text(encoding="utf-8"), _markdown(result)))
+        page.write_text(replace_measured(page.read_text(encoding="utf-8"), markdown(result)))
 
 
-def _markdown(result: ControlNetBenchmark) -> str:
+def markdown(result: ControlNetBenchmark) -> str:
+    """The table, and what it was measured with."""
     from asyncdiff.bench.environment import describe_environment
 
     environment = describe_environment()
