@@ -56,6 +56,8 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python -m asyncdiff.bench.unequal --arch sd21 --size 256 --speed 0.5 --json docs/benchmarks/unequal.json
 	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --dtype bfloat16 --devices 2 --steps 30 \
 		--json docs/benchmarks/prediction-sd21.json
+	$(BIN)/python -m asyncdiff.bench.controlnet --arch controlnet-sdxl --size 256 --dtype bfloat16 \
+		--json docs/benchmarks/controlnet.json --page docs/controlnet.md
 	$(BIN)/python -m asyncdiff.bench.noise_schedulers quality docs/noise-schedulers.md \
 		--json docs/benchmarks/noise-schedulers.json
 	$(BIN)/python -m asyncdiff.bench.quality.figures --output docs/benchmarks/fidelity.json

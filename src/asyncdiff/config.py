@@ -12,6 +12,7 @@ STATE_FORECASTS = ("none", "linear", "damped")  # what may be made of a state th
 FORECASTS = (*STATE_FORECASTS, "latents")
 FRESHNESS = ("auto", "paper")
 GUIDANCE = ("auto", "split", "together")
+CONTROLNET = ("serial", "overlap", "ahead")
 MAX_GROUPS = 3  # guidance has two halves, or three (InstructPix2Pix, LEDITS)
 AUTO = "auto"
 DEFAULT_TOLERANCE = 0.3
@@ -179,6 +180,14 @@ def check_guidance(guidance: object) -> None:
     if guidance not in GUIDANCE:
         raise ConfigurationError(
             f'guidance must be "auto", "split" or "together", but {guidance!r} was given.'
+        )
+
+
+def check_controlnet(controlnet: object) -> None:
+    """`ConfigurationError` for what is none of `CONTROLNET`."""
+    if controlnet not in CONTROLNET:
+        raise ConfigurationError(
+            f'controlnet must be "serial", "overlap" or "ahead", but {controlnet!r} was given.'
         )
 
 

@@ -278,3 +278,26 @@ def test_no_torch_before_there_is_something_to_do(options: list[str], code: int)
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_ways_with_a_device_for_the_controlnet_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--arch", "controlnet-demo", "--dtype", "float32", "--devices", "cpu,cpu", "--steps", "10"]
+    found = planned(tmp_path, *options, "--latency-us", "0", "--bandwidth-gbs", "1e9")
+    assert "ControlNet" in capsys.readouterr().out
+    whole = [
+        each for each in found["candidates"] if each["num_stages"] * each["groups"] * each["stride"] == 1
+    ]
+    one = {each["controlnet"]: each for each in whole}
+    assert one["overlap"]["devices"] == one["ahead"]["devices"] == ["cpu"]
+    step_s, controlnet_s = one["serial"]["total_s"] / 10, found["controlnet_ms"] / 1e3
+    assert 0 < controlnet_s < step_s
+    assert one["ahead"]["total_s"] <= one["overlap"]["total_s"] < one["serial"]["total_s"]
+    denoiser_s = step_s - controlnet_s
+    assert denoiser_s < one["overlap"]["total_s"] / 10 < step_s
+    in_order_s = 2 * one["overlap"]["total_s"] / 10  # of warm-up, and the step in which it gets ahead
+    assert one["ahead"]["total_s"] == pytest.approx(in_order_s + 8 * max(denoiser_s, controlnet_s), rel=1e-6)
+    without = planned(tmp_path, "--arch", "demo", *options[2:], "--latency-us", "0", "--bandwidth-gbs", "1e9")
+    assert one["serial"]["total_s"] == pytest.approx(without["candidates"][0]["total_s"] + 10 * controlnet_s)
+    assert {each["controlnet"] for each in without["candidates"]} == {"serial"}

@@ -9,7 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
-from asyncdiff.bench.architectures import DenoisingLoop, architecture_named, build_denoiser
+from asyncdiff.bench.architectures import (
+    DenoisingLoop,
+    architecture_named,
+    build_controlnet,
+    build_denoiser,
+)
 from asyncdiff.bench.loading import load_pipeline
 from asyncdiff.bench.timed_run import StepEnds, TimedRun
 from asyncdiff.errors import ConfigurationError
@@ -24,6 +29,7 @@ class Workload:
 
     `size`: height and width in pixels, None for a pipeline's own. `dtype`: a torch name, or "auto" with a
     model. `prompt`: for a model. `batch`: of an architecture's denoiser call, None for its own.
+    `with_controlnet`: an architecture's ControlNet is called too, where it has one.
     """
 
     arch: str | None
@@ -32,6 +38,7 @@ class Workload:
     dtype: str
     prompt: str = ""
     batch: int | None = None
+    with_controlnet: bool = False
 
     @property
     def title(self) -> str:
@@ -62,8 +69,9 @@ class _LoopSubject:
         if workload.batch is not None:
             architecture = replace(architecture, batch=workload.batch)
         denoiser = build_denoiser(architecture, dtype)
+        controlnet = build_controlnet(architecture, dtype) if workload.with_controlnet else None
         self.device = torch.device(device)
-        self.pipe: Any = DenoisingLoop(architecture, denoiser, workload.size, dtype).to(device)
+        self.pipe: Any = DenoisingLoop(architecture, denoiser, workload.size, dtype, controlnet).to(device)
         self.example = {"num_steps": 2}
 
     def call(self, num_steps: int, on_step_end: Callable[[], None]) -> None:

@@ -16,12 +16,20 @@ from asyncdiff.cli import arguments
 from asyncdiff.cli.arguments import Dtype, Forecast, Freshness
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
-from asyncdiff.planner import Candidate, Objective, Plan, choose_candidate, list_candidates
+from asyncdiff.planner import (
+    Candidate,
+    ControlNetCandidates,
+    Objective,
+    Plan,
+    choose_candidate,
+    list_candidates,
+)
 from asyncdiff.simulation import Machine
 
 if TYPE_CHECKING:
     from asyncdiff.bench.progress import Progress
     from asyncdiff.cli.plan_subject import Request
+    from asyncdiff.pipeline.controlnet_cost import ExaminedControlNet
     from asyncdiff.pipeline.examination import Examination
 
 _LINK = "Link between devices"
@@ -179,6 +187,7 @@ def plan(
             steps,
             warmups,
             refreshes,
+            wish.beside_controlnet(basis),
         )
     chosen = choose_candidate(candidates, objective)
     if output is not None:
@@ -192,17 +201,19 @@ def plan(
 @dataclass(frozen=True)
 class _Times:
     """Milliseconds of blocks by name, also with half a batch where that was measured, and of the pipeline's
-    own work per step where it is known."""
+    own work per step and of a ControlNet's call where they are known."""
 
     block_ms: dict[str, float]
     driver_ms: float | None
     part_block_ms: dict[str, float] | None
+    controlnet_ms: float | None = None
 
 
 @dataclass(frozen=True)
 class _Basis:
     """What plans are made from. `source`: where the seconds come from, for people. `part`: one of two parts
-    of the batch, None where it cannot be shared; `part_seconds`: as `seconds`, of it."""
+    of the batch, None where it cannot be shared; `part_seconds`: as `seconds`, of it. `controlnet`: called
+    before the denoiser, `controlnet_seconds` of a call."""
 
     examination: Examination
     source: str
@@ -212,6 +223,17 @@ class _Basis:
     driver_seconds: float | None = None
     part: Examination | None = None
     part_seconds: dict[Any, float] | None = None
+    controlnet: ExaminedControlNet | None = None
+    controlnet_seconds: float = 0.0
+
+    def examined(self, parts: int) -> tuple[Examination, dict[Any, float] | None]:
+        """What computes one of so many parts of the batch, with its seconds; `ConfigurationError` where it
+        cannot be shared."""
+        if parts == 1:
+            return self.examination, self.seconds
+        if self.part is None:
+            raise ConfigurationError("The batch of the denoiser's call cannot be shared.")
+        return self.part, self.part_seconds
 
 
 @dataclass(frozen=True)
@@ -224,9 +246,29 @@ class _Wish:
     freshness: Freshness
     objective: Objective
 
+    def beside_controlnet(self, basis: _Basis) -> ControlNetCandidates | None:
+        """With a device for the ControlNet; None where there is none."""
+        controlnet = basis.controlnet
+        if controlnet is None:
+            return None
+        without = replace(basis, controlnet=None)
+        return ControlNetCandidates(
+            lambda num_stages, stride, groups: self.plan(without, num_stages, stride, groups, 1),
+            lambda groups: controlnet.cost(basis.controlnet_seconds, *basis.examined(groups)),
+        )
+
     def plan(self, basis: _Basis, num_stages: int, stride: int, groups: int, guidance_refresh: int) -> Plan:
         """The best plan within the memory limit, else the best without; `ConfigurationError` for groups and
-        halves of guidance where the batch cannot be shared."""
+        halves of guidance where the batch cannot be shared. The ControlNet is the driver's own work."""
+        found = self._plan(basis, num_stages, stride, groups, guidance_refresh)
+        if basis.controlnet is None:
+            return found
+        assert found.predictions is not None
+        driver_seconds = found.predictions.driver_seconds + basis.controlnet_seconds
+        with_it = replace(basis, driver_seconds=driver_seconds)
+        return self._plan(with_it, num_stages, stride, groups, guidance_refresh)
+
+    def _plan(self, basis: _Basis, num_stages: int, stride: int, groups: int, guidance_refresh: int) -> Plan:
         settings = Settings(
             num_stages,
             stride,
@@ -237,10 +279,7 @@ class _Wish:
             groups=groups,
             guidance_refresh=guidance_refresh,
         )
-        is_whole = groups == guidance_refresh == 1
-        examination = basis.examination if is_whole else basis.part
-        if examination is None:
-            raise ConfigurationError("The batch of the denoiser's call cannot be shared.")
+        examination, seconds = basis.examined(1 if groups == guidance_refresh == 1 else 2)
 
         def make(max_weight_bytes: float) -> Plan:
             count = settings.num_workers
@@ -248,7 +287,7 @@ class _Wish:
                 settings,
                 self.names[:count],
                 threads_per_device=basis.threads,
-                seconds=basis.seconds if is_whole else basis.part_seconds,
+                seconds=seconds,
                 driver_seconds=basis.driver_seconds,
                 speeds=None if basis.speeds is None else basis.speeds[:count],
                 max_weight_bytes=max_weight_bytes,
@@ -328,11 +367,23 @@ def _basis(
             measured.profile.driver_seconds,
             looked.part,
             None if measured.part_seconds is None else dict(measured.part_seconds),
+            looked.controlnet,
+            measured.controlnet_seconds or 0.0,
         )
     looked = plan_subject.look_at(request, names[0], report)
+    controlnet = looked.controlnet
     if times is None:
         source = "estimated from FLOPs and bytes: compare them, do not believe them (--profile measures)"
-        return _Basis(looked.whole, source, threads, speeds, part=looked.part)
+        controlnet_seconds = 0.0 if controlnet is None else controlnet.estimated_seconds(_kind(names[0]))
+        return _Basis(
+            looked.whole,
+            source,
+            threads,
+            speeds,
+            part=looked.part,
+            controlnet=controlnet,
+            controlnet_seconds=controlnet_seconds,
+        )
     seconds = plan_subject.given_seconds(looked.whole, times.block_ms, names[0])
     part_seconds = None
     if looked.part is not None:
@@ -341,7 +392,24 @@ def _basis(
     is_halved = looked.part is not None and times.part_block_ms is None
     source = "as given" + (", and half of it for half a batch" if is_halved else "")
     driver_seconds = None if times.driver_ms is None else times.driver_ms / 1e3
-    return _Basis(looked.whole, source, threads, speeds, seconds, driver_seconds, looked.part, part_seconds)
+    if controlnet is not None and times.controlnet_ms is None:
+        controlnet, source = None, source + "; without the ControlNet, for which there is no controlnet_ms"
+    return _Basis(
+        looked.whole,
+        source,
+        threads,
+        speeds,
+        seconds,
+        driver_seconds,
+        looked.part,
+        part_seconds,
+        controlnet,
+        (times.controlnet_ms or 0.0) / 1e3,
+    )
+
+
+def _kind(device: str) -> str:
+    return device.split(":")[0]
 
 
 def _device_names(asked: int | tuple[str, ...] | None, *, on_this_machine: bool) -> list[str]:
@@ -400,12 +468,15 @@ def _read_times(path: Path) -> _Times:
             f"--times {path}: must be an object of block names and milliseconds, or what --json wrote with "
             "--profile."
         )
-    if driver_ms is not None and not _is_duration(driver_ms):
-        raise ConfigurationError(f"--times {path}: driver_ms must be milliseconds, not {driver_ms!r}.")
+    controlnet_ms = content.get("controlnet_ms") if is_ours else None
+    for name, value in (("driver_ms", driver_ms), ("controlnet_ms", controlnet_ms)):
+        if value is not None and not _is_duration(value):
+            raise ConfigurationError(f"--times {path}: {name} must be milliseconds, not {value!r}.")
     part_ms = content.get("part_block_ms") if is_ours else None
     if part_ms is not None and not (isinstance(part_ms, dict) and all(map(_is_duration, part_ms.values()))):
         raise ConfigurationError(f"--times {path}: part_block_ms must be of block names and milliseconds.")
-    return _Times({name: float(value) for name, value in block_ms.items()}, driver_ms, part_ms or None)
+    given = {name: float(value) for name, value in block_ms.items()}
+    return _Times(given, driver_ms, part_ms or None, controlnet_ms)
 
 
 def _is_duration(value: object) -> bool:
@@ -437,12 +508,14 @@ def _to_json(
         **({"block_ms": block_ms} if block_ms else {}),
         **({"part_block_ms": part_ms} if part_ms else {}),
         "driver_ms": driver_ms,
+        **({} if basis.controlnet is None else {"controlnet_ms": 1e3 * basis.controlnet_seconds}),
     }
 
 
 def _candidate_json(candidate: Candidate, *, is_chosen: bool) -> dict[str, Any]:
     plan = candidate.plan
     return {
+        "controlnet": candidate.controlnet,
         "groups": plan.groups,
         "guidance_refresh": plan.guidance_refresh,
         "num_stages": plan.num_stages,
@@ -472,23 +545,32 @@ def _show(
 ) -> None:
     from asyncdiff.bench.command import show_table
 
-    heads = (
+    heads = [
         "", "guidance", "stages", "stride", "warm-up", "devices", f"{steps} steps", "speed-up",
         "weights per device", "sent per step", "staleness", "split",
-    )  # fmt: skip
+    ]  # fmt: skip
     dtype = str(basis.examination.dtype).removeprefix("torch.")
-    rows = [_row(each, is_chosen=each is chosen, objective=objective) for each in candidates]
+    rows = [list(_row(each, is_chosen=each is chosen, objective=objective)) for each in candidates]
+    if basis.controlnet is not None:
+        heads.insert(1, "ControlNet")
+        for row, each in zip(rows, candidates, strict=True):
+            row.insert(1, each.controlnet)
     show_table(f"{request.title}, {dtype}", heads, rows)
     bandwidth = machine.bandwidth_bytes_per_s / 1e9
     typer.echo(f"Times: {basis.source}.")
     typer.echo(f"Link: {link.title}, {machine.latency_s * 1e6:.0f} us, {bandwidth:.3g} GB/s.")
+    if chosen.controlnet != "serial":
+        typer.echo(
+            f"ControlNet: its device comes after those of the plan: parallelize(pipe, [...], plan=..., "
+            f'controlnet="{chosen.controlnet}").'
+        )
     if len(set(machine.device_speeds)) > 1:
         typer.echo(f"Speeds: {', '.join(f'{speed:.3g}' for speed in machine.device_speeds)}.")
 
 
 def _row(candidate: Candidate, *, is_chosen: bool, objective: Objective) -> tuple[str, ...]:
     plan = candidate.plan
-    is_alone = plan.num_workers == 1 and plan.guidance_refresh == 1
+    is_alone = candidate.num_devices == 1 and plan.guidance_refresh == 1
     guidance = "split" if plan.groups > 1 else "together"
     if plan.guidance_refresh > 1:
         guidance = f"every {plan.guidance_refresh}"
@@ -501,7 +583,7 @@ def _row(candidate: Candidate, *, is_chosen: bool, objective: Objective) -> tupl
         "in order" if is_alone else str(plan.num_stages),
         "" if is_alone else str(plan.stride),
         "" if is_alone else str(plan.warmup_steps),
-        str(plan.num_workers),
+        str(candidate.num_devices),
         f"{candidate.total_s:.3g} s",
         f"{candidate.speedup:.2f}x",
         (f"{largest / 1e9:.2f} GB" if largest >= 1e8 else f"{largest / 1e6:.2f} MB") + too_large,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,19 @@ from asyncdiff.bench.architectures import (
     Architecture,
     DenoisingLoop,
     architecture_named,
+    build_controlnet,
     build_denoiser,
 )
 from asyncdiff.bench.loading import load_pipeline
 from asyncdiff.bench.progress import Progress
 from asyncdiff.cli.arguments import Dtype
 from asyncdiff.graph import BlockKey
+from asyncdiff.pipeline.controlnet_cost import (
+    ExaminedControlNet,
+    examine_controlnet,
+    has_controlnet,
+    returning,
+)
 from asyncdiff.pipeline.denoiser import denoisers_of, replaced_forward
 from asyncdiff.pipeline.devices import Placement
 from asyncdiff.pipeline.examination import (
@@ -35,6 +43,8 @@ from asyncdiff.pipeline.profiling import Profile, profile_blocks, profile_pipeli
 from asyncdiff.pipeline.weightless import load_without_weights
 from asyncdiff.profile import relative_speeds
 from asyncdiff.trace import Inputs, flatten_inputs
+
+_LOOP_CALL = {"num_steps": 10}
 
 
 @dataclass(frozen=True)
@@ -55,20 +65,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Looked:
-    """A denoiser call, and one of two parts of its batch; None where the batch cannot be shared."""
+    """A denoiser call, and one of two parts of its batch; None where the batch cannot be shared.
+    `controlnet`: called before it; None where there is none."""
 
     whole: Examination
     part: Examination | None
+    controlnet: ExaminedControlNet | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
     """On the first device; `speeds`: of the devices, None where they are of one kind. `part_seconds`: as the
-    profile's, of one of two parts of the batch."""
+    profile's, of one of two parts of the batch. `controlnet_seconds`: of a call of it."""
 
     profile: Profile
     speeds: tuple[float, ...] | None
     part_seconds: Mapping[BlockKey, float] | None
+    controlnet_seconds: float | None = None
 
 
 def torch_dtype(dtype: Dtype, device: str) -> torch.dtype:
@@ -87,13 +100,22 @@ def look_at(request: Request, device: str, report: Progress) -> Looked:
         architecture = _architecture(request)
         denoiser = build_denoiser(architecture, dtype, weightless=True)
         inputs = flatten_inputs(type(denoiser).forward, (), architecture.inputs(dtype))
+        pipe: Any = None
+        call: Mapping[str, Any] = _LOOP_CALL
+        if architecture.controlnet_class is not None:
+            controlnet = build_controlnet(architecture, dtype, weightless=True)
+            pipe = DenoisingLoop(architecture, denoiser, _size(request, architecture), dtype, controlnet)
     else:
         assert request.model is not None
         pipe = load_without_weights(str(Path(request.model).expanduser()), dtype)
         denoiser, inputs = example_denoiser_call(pipe, request.size)
+        call = example_inputs(pipe, request.size)[0] if has_controlnet(pipe) else {}
+    beside = examine_controlnet(pipe, call, weights_at_hand=False) if has_controlnet(pipe) else None
+    if beside is not None:
+        inputs = beside.denoiser_inputs
     part = examine_part(denoiser, inputs, weights_at_hand=False)
     whole = examine(denoiser, inputs, weights_at_hand=False)
-    return Looked(whole, None if part is None else part[0])
+    return _looked(whole, None if part is None else part[0], beside)
 
 
 def measure(
@@ -108,28 +130,36 @@ def measure(
         moved = send_to_device(architecture.inputs(dtype), device)
         inputs = flatten_inputs(type(denoiser).forward, (), moved)
         pipe: Any = None
-        call: Mapping[str, Any] = {"num_steps": 10}
+        call: Mapping[str, Any] = _LOOP_CALL
         if architecture.noise_scheduler is not None:
-            pipe = DenoisingLoop(architecture, denoiser, request.size or architecture.height, dtype).to(
-                str(device)
-            )
+            side, controlnet = _size(request, architecture), build_controlnet(architecture, dtype)
+            pipe = DenoisingLoop(architecture, denoiser, side, dtype, controlnet).to(str(device))
     else:
         assert request.model is not None
         report("Loading the model", 0, 0)
         pipe = load_pipeline(request.model, request.dtype, devices[0])
         denoiser = next(iter(denoisers_of(pipe).values()))
         call, inputs = example_inputs(pipe, request.size)
+    beside, controlnet_seconds = None, None
+    if has_controlnet(pipe):
+        beside = examine_controlnet(pipe, call, weights_at_hand=True)
+        inputs = beside.denoiser_inputs
     examination = examine(denoiser, inputs, weights_at_hand=True)
     report("Timing the blocks", 0, 0)
-    profile = _profile(pipe, denoiser, call, inputs, examination, device, threads)
+    with ExitStack() as stack:
+        if beside is not None:
+            controlnet_seconds = beside.measured_seconds(device, threads)
+            # Else it would count as the pipeline's own work.
+            stack.enter_context(replaced_forward(beside.module, returning(beside.output, beside.inputs)))
+        profile = _profile(pipe, denoiser, call, inputs, examination, device, threads)
     part = examine_part(denoiser, inputs, weights_at_hand=True)
     part_seconds = None
     if part is not None:
         part_seconds = profile_blocks(denoiser, part[1], part[0].recording, device, threads)
     with replaced_forward(denoiser, None):
         speeds = relative_speeds(denoiser, examination.weights, inputs, devices, threads)
-    looked = Looked(examination, None if part is None else part[0])
-    return looked, Measured(profile, speeds, part_seconds)
+    looked = _looked(examination, None if part is None else part[0], beside)
+    return looked, Measured(profile, speeds, part_seconds, controlnet_seconds)
 
 
 def _profile(
@@ -160,6 +190,16 @@ def _architecture(request: Request) -> Architecture:
     assert request.arch is not None
     found = ARCHITECTURES.get(request.arch) or architecture_named(request.arch)
     return found if request.size is None else replace(found, height=request.size, width=request.size)
+
+
+def _looked(whole: Examination, part: Examination | None, controlnet: ExaminedControlNet | None) -> Looked:
+    if controlnet is None:
+        return Looked(whole, part)
+    return Looked(controlnet.before(whole), part and controlnet.before(part), controlnet)
+
+
+def _size(request: Request, architecture: Architecture) -> int:
+    return request.size or architecture.height
 
 
 def threads_per_device(devices: Sequence[str]) -> int | None:

@@ -29,7 +29,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     for owner in (pipe, *(getattr(pipe, name, None) for name in _PIPELINES_INSIDE)):
         for name in DENOISER_NAMES:
             module = getattr(owner, name, None)
-            if isinstance(module, nn.Module) and (name not in _NAMES_OF_OTHERS_TOO or _takes_step(module)):
+            if isinstance(module, nn.Module) and (name not in _NAMES_OF_OTHERS_TOO or takes_step(module)):
                 found.setdefault(name, module)
     if not found:
         raise ConfigurationError(
@@ -39,7 +39,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: found[name] for name in DENOISER_NAMES if name in found}
 
 
-def _takes_step(module: nn.Module) -> bool:
+def takes_step(module: nn.Module) -> bool:
     """Whether the forward is told how far the denoising has come."""
     parameters = inspect.signature(module.forward).parameters
     return any(name in parameters for name in (*TIMESTEP_NAMES, *OTHER_STEP_NAMES))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from asyncdiff.config import available_cores, can_split, settle, settle_groups
+from asyncdiff.config import available_cores, can_split, check_controlnet, settle, settle_groups
 from asyncdiff.errors import ConfigurationError
 
 RUNTIMES = ("auto", "local", "spawn", "torchrun")
@@ -23,7 +23,8 @@ class Placement:
     """`runtime`: one of `RUNTIMES` but "auto". `devices`: one per rank, a single one for "local".
 
     `num_stages`: of each of `groups` groups. `split_stages`: what `num_stages` would be with two groups,
-    where that is still to be decided; else None.
+    where that is still to be decided; else None. `controlnet_device`: of a ControlNet that has one to
+    itself, which is none of `devices`; None on "local".
     """
 
     runtime: str
@@ -31,11 +32,17 @@ class Placement:
     num_stages: int
     groups: int = 1
     split_stages: int | None = None
+    controlnet_device: str | None = None
+
+    @property
+    def all_devices(self) -> tuple[str, ...]:
+        """With the ControlNet's, which is the last."""
+        return self.devices if self.controlnet_device is None else (*self.devices, self.controlnet_device)
 
     @property
     def threads_per_device(self) -> int | None:
         """Intra-op threads per worker where CPU workers share the cores of a host; None: leave as it is."""
-        cpu_workers = sum(torch.device(device).type == "cpu" for device in self.devices)
+        cpu_workers = sum(torch.device(device).type == "cpu" for device in self.all_devices)
         if self.runtime == "local" or cpu_workers < 2:
             return None
         return max(1, available_cores() // cpu_workers)
@@ -48,8 +55,14 @@ def settle_placement(
     runtime: str,
     denoiser_device: torch.device,
     guidance: str = "together",
+    controlnet: str = "serial",
 ) -> Placement:
     """What was asked for as a `Placement`; `ConfigurationError` for what this machine cannot do."""
+    check_controlnet(controlnet)
+    if controlnet != "serial":
+        return _placement_with_controlnet(
+            devices, num_stages, stride, runtime, denoiser_device, guidance, controlnet
+        )
     if runtime not in RUNTIMES:
         raise ConfigurationError(f"runtime must be one of {', '.join(RUNTIMES)}, but {runtime!r} was given.")
     if runtime == "torchrun" or (runtime == "auto" and _is_under_torchrun()):
@@ -63,6 +76,36 @@ def settle_placement(
         _check_driver_device(names[0], denoiser_device)
         runtime = "spawn"
     return _placement(runtime, names, len(names), num_stages, stride, guidance)
+
+
+def _placement_with_controlnet(
+    devices: int | Sequence[str] | None,
+    num_stages: int | None,
+    stride: int,
+    runtime: str,
+    denoiser_device: torch.device,
+    guidance: str,
+    controlnet: str,
+) -> Placement:
+    """The last device is the ControlNet's, the others are as they would be without it."""
+    if runtime == "torchrun" or (runtime == "auto" and _is_under_torchrun()):
+        raise ConfigurationError(
+            f'controlnet="{controlnet}" is not possible with the processes of torchrun. Start the script '
+            'without torchrun, with devices=[...], or use controlnet="serial".'
+        )
+    if devices is None and (runtime == "local" or num_stages is not None):
+        return settle_placement(None, num_stages, stride, runtime, denoiser_device, guidance)
+    names = parse_devices(devices, denoiser_device)
+    if len(names) < 2:
+        raise ConfigurationError(
+            f'controlnet="{controlnet}" gives the last device to the ControlNet and the others to the '
+            f"denoiser, but {names[0]} is the only one that was given. Pass at least 2, or use "
+            'controlnet="serial".'
+        )
+    if runtime == "local":
+        return settle_placement(len(names) - 1, num_stages, stride, runtime, denoiser_device, guidance)
+    placement = settle_placement(names[:-1], num_stages, stride, "spawn", denoiser_device, guidance)
+    return replace(placement, controlnet_device=names[-1])
 
 
 def _placement(

@@ -19,6 +19,9 @@ from asyncdiff.launch.default_group import torchrun_rank
 from asyncdiff.launch.spawn import SpawnedWorkers
 from asyncdiff.launch.torchrun import join_torchrun
 from asyncdiff.pipeline.analysis import first_plan, record_call
+from asyncdiff.pipeline.controlnet import NAME as CONTROLNET_NAME
+from asyncdiff.pipeline.controlnet import ControlNetInstallation, controlnet_of
+from asyncdiff.pipeline.controlnet_cost import examine_controlnet, returning
 from asyncdiff.pipeline.denoiser import (
     capture_call,
     denoisers_of,
@@ -61,6 +64,7 @@ def parallelize(
     freshness: str = "auto",
     guidance: str = "auto",
     guidance_refresh: int = 1,
+    controlnet: str = "serial",
     partition: PartitionRequest = None,
     plan: Plan | Mapping[str, Plan] | None = None,
     runtime: str = "auto",
@@ -86,7 +90,11 @@ def parallelize(
     None to choose the kind by speed, weights per device and traffic. `plan`: a saved or edited plan,
     which then settles all of this but the runtime; for several denoisers of different architectures one
     for each by name, as `handle.plans`. `compile`: every device compiles its own blocks
-    (`torch.compile`), unless they are compiled already.
+    (`torch.compile`), unless they are compiled already. `controlnet`:
+    "serial", in this process before the denoiser; "overlap" gives the last device to the pipeline's
+    ControlNets, which compute while that part of the denoiser does which reads nothing of what they return,
+    exactly; "ahead" has them compute every step after warm-up before its call, on latents continued
+    (docs/controlnet.md).
     Raises `ConfigurationError` before anything is started.
     """
     denoisers = denoisers_of(pipe)
@@ -101,6 +109,7 @@ def parallelize(
         freshness,
         guidance,
         guidance_refresh,
+        controlnet,
         partition,
         plan,
         runtime,
@@ -122,6 +131,7 @@ class Wish:
     freshness: str = "auto"
     guidance: str = "auto"
     guidance_refresh: int = 1
+    controlnet: str = "serial"
     partition: PartitionRequest = None
     plan: Plan | Mapping[str, Plan] | None = None
     runtime: str = "auto"
@@ -156,17 +166,28 @@ def divide(
             wish.runtime,
             device,
             "split" if given.groups > 1 else "together",
+            wish.controlnet,
         )
         placement = _placement_of(given, placement, wish.guidance)
         partitions = {name: each.stages for name, each in plans.items()}
     else:
         placement = settle_placement(
-            devices, wish.num_stages, wish.stride, wish.runtime, device, wish.guidance_of_devices
+            devices,
+            wish.num_stages,
+            wish.stride,
+            wish.runtime,
+            device,
+            wish.guidance_of_devices,
+            wish.controlnet,
         )
         settings = _settings(placement, wish)
         partitions = dict.fromkeys(denoisers, wish.partition)
     for name, denoiser in denoisers.items():
         check_partition(partitions[name], settings, denoiser)
+    controlnet = None
+    if wish.controlnet != "serial":
+        controlnet = controlnet_of(pipe, tuple(denoisers.values()))
+        _refuse_what_cannot_be_divided(pipe, {CONTROLNET_NAME: controlnet})
     threads = given.threads_per_device if plans else placement.threads_per_device
     if placement.runtime == "torchrun" and torchrun_rank() > 0:
         _let_go_of_weights(pipe)
@@ -188,7 +209,7 @@ def divide(
                     denoiser,
                     groups,
                     settings,
-                    started.devices,
+                    started.devices[: len(placement.devices)],
                     started.lock,
                     partition=wish.partition,
                     plan=plans.get(name),
@@ -197,8 +218,26 @@ def divide(
                     two_groups=two_groups,
                 )
             )
+        beside = None
+        if controlnet is not None:
+            groups = started.open_controlnet(controlnet)
+            undo.callback(groups.close)
+            beside = ControlNetInstallation(
+                pipe,
+                CONTROLNET_NAME,
+                controlnet,
+                groups,
+                Settings(1, warmup_steps=settings.warmup_steps, forecast="linear"),
+                started.devices[:1],
+                started.lock,
+                partition=None,
+                plan=None,
+                threads=threads,
+                ships=placement.runtime != "local",
+                works_ahead=wish.controlnet == "ahead",
+            )
         undo.pop_all()
-    division = Division(pipe, installations, started.devices, started.lock, started.close_workers)
+    division = Division(pipe, installations, started.devices, started.lock, started.close_workers, beside)
     division.install()
     handle = Handle(division, started.workers)
     for denoiser in denoisers.values():
@@ -263,6 +302,7 @@ def plan(
     freshness: str = "auto",
     guidance: str = "auto",
     guidance_refresh: int = 1,
+    controlnet: str = "serial",
     partition: PartitionRequest = None,
     profile: bool = False,
     speeds: Sequence[float] | None = None,
@@ -277,6 +317,8 @@ def plan(
     bytes; slower, better balanced, and not the same cut every time. `speeds`: of each device, as many as
     there are, 1.0 for one like the denoiser's; by default all are equal, or with `profile` as fast as
     devices of another kind turn out to be, each of which holds the whole denoiser while it is timed.
+    `controlnet`: with "overlap" and "ahead" the last device is none of the plan's, and a ControlNet no part
+    of the pipeline's own work.
     """
     denoisers = denoisers_of(pipe)
     _refuse_what_cannot_be_divided(pipe, denoisers)
@@ -293,13 +335,19 @@ def plan(
         freshness,
         guidance,
         guidance_refresh,
+        controlnet,
         partition,
     )
-    placement = settle_placement(devices, num_stages, stride, "auto", device, wish.guidance_of_devices)
+    placement = settle_placement(
+        devices, num_stages, stride, "auto", device, wish.guidance_of_devices, controlnet
+    )
     settings = _settings(placement, wish)
     check_partition(partition, settings, denoiser)
     check_speeds(settings.num_stages, stride, speeds, settings.groups)
     call = dict(example) if example is not None else {"prompt": ""}
+    beside = None
+    if controlnet != "serial":
+        beside = examine_controlnet(pipe, call, weights_at_hand=True)
     args, kwargs = capture_call(pipe, denoisers.values(), call)
     inputs = flatten_inputs(type(denoiser).forward, args, kwargs)
     skeleton = dump_skeleton(denoiser, allow_main=True)
@@ -330,9 +378,12 @@ def plan(
     recording = record_call(denoiser, skeleton, inputs, device, weights_at_hand=True)
     measured = None
     if profile:
-        measured = profile_pipeline(
-            pipe, denoisers.values(), call, inputs, recording, device, threads, whole=whole
-        )
+        with ExitStack() as stack:
+            if beside is not None:
+                stack.enter_context(replaced_forward(beside.module, returning(beside.output, beside.inputs)))
+            measured = profile_pipeline(
+                pipe, denoisers.values(), call, inputs, recording, device, threads, whole=whole
+            )
     return first_plan(
         recording,
         settings,
@@ -426,10 +477,11 @@ def _let_go_of_weights(pipe: Any) -> None:
 
 @dataclass(frozen=True)
 class _Started:
-    """`open_groups`: so many groups for the denoiser of a name, all with the same workers; `devices`: of
-    every rank; `lock`: see `Installation`."""
+    """`open_groups`: so many groups for the denoiser of a name, all with the same workers; `open_controlnet`:
+    one, with the ControlNet's; `devices`: of every rank; `lock`: see `Installation`."""
 
     open_groups: Callable[[str, int], Groups]
+    open_controlnet: Callable[[nn.Module], Groups]
     devices: tuple[str, ...]
     lock: threading.RLock
     workers: tuple[WorkerInfo, ...] = ()
@@ -451,10 +503,14 @@ def _start(
         def open_local(name: str, count: int) -> Groups:
             return Groups([LocalExecutor(device, compile_blocks=compile_blocks) for _ in range(count)])
 
-        return _Started(open_local, placement.devices, threading.RLock())
+        def open_local_controlnet(controlnet: nn.Module) -> Groups:
+            executor = LocalExecutor(device, compile_blocks=compile_blocks)
+            return Groups([executor], driver_computes=False)
+
+        return _Started(open_local, open_local_controlnet, placement.devices, threading.RLock())
     host = "127.0.0.1"
     workers: Workers
-    devices = list(placement.devices)
+    devices = list(placement.all_devices)
     if placement.runtime == "torchrun":
         workers = join_torchrun(devices)
         devices = [devices[0], *(workers.connections[rank].device for rank in range(1, len(devices)))]
@@ -463,33 +519,37 @@ def _start(
         workers = SpawnedWorkers([threads] * (len(devices) - 1))
     counts: list[int | None] = [threads if torch.device(name).type == "cpu" else None for name in devices]
 
+    def open_one(module: nn.Module, members: tuple[int, ...], unloaded: Unloaded | None) -> RemoteExecutor:
+        return RemoteExecutor(
+            workers,
+            [devices[rank] for rank in (0, *members)],
+            [counts[rank] for rank in (0, *members)],
+            members=members,
+            host=host,
+            preload=(type(module).__module__,),
+            unloaded=unloaded,
+            compile_blocks=compile_blocks,
+        )
+
     def open_groups(name: str, count: int) -> Groups:
         executors: list[RemoteExecutor] = []
         try:
-            for members in _members(len(devices), count):
-                executors.append(
-                    RemoteExecutor(
-                        workers,
-                        [devices[rank] for rank in (0, *members)],
-                        [counts[rank] for rank in (0, *members)],
-                        members=members,
-                        host=host,
-                        preload=(type(denoisers[name]).__module__,),
-                        unloaded=unloaded.get(name),
-                        compile_blocks=compile_blocks,
-                    )
-                )
+            for members in _members(len(placement.devices), count):
+                executors.append(open_one(denoisers[name], members, unloaded.get(name)))
         except BaseException:
             for executor in executors:
                 executor.close()
             raise
         return Groups(executors)
 
+    def open_controlnet(controlnet: nn.Module) -> Groups:
+        return Groups([open_one(controlnet, (len(devices) - 1,), None)], driver_computes=False)
+
     infos = tuple(
         WorkerInfo(rank, devices[rank], connection.pid, connection.host)
         for rank, connection in sorted(workers.connections.items())
     )
-    return _Started(open_groups, tuple(devices), workers.users.lock, infos, workers.close)
+    return _Started(open_groups, open_controlnet, tuple(devices), workers.users.lock, infos, workers.close)
 
 
 def _members(num_devices: int, groups: int) -> list[tuple[int, ...]]:

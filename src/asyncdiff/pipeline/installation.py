@@ -54,6 +54,7 @@ from asyncdiff.pipeline.turns import Turns
 from asyncdiff.pipeline.user_warning import warn_user
 from asyncdiff.planner import Plan
 from asyncdiff.protocol.messages import RoundInfo
+from asyncdiff.runtime.awaited import arrived
 from asyncdiff.runtime.executor import Executor, RoundCall
 from asyncdiff.runtime.groups import Groups
 from asyncdiff.runtime.interrupts import interrupts_deferred
@@ -441,7 +442,11 @@ class Installation:
                 each,
                 part,
                 self._channel_state(
-                    call, each, analysis, driver_computes=group == 0, refreshed=halves is not None
+                    call,
+                    each,
+                    analysis,
+                    driver_computes=self.groups.driver_computes_in(group),
+                    refreshed=halves is not None,
                 ),
             )
             for group, each, part, analysis in zip(groups, channels, parts, analyses, strict=True)
@@ -617,7 +622,9 @@ class Installation:
             while len(self._shared_batches) >= _MAX_STRUCTURES:
                 self._shared_batches.pop(next(iter(self._shared_batches)))
             self._skeleton = self._skeleton or self._dump()
-            self._shared_batches[key] = find_shared_batch(self._skeleton, inputs, num_parts, self.device)
+            self._shared_batches[key] = find_shared_batch(
+                self._skeleton, all_arrived(inputs), num_parts, self.device
+            )
         return self._shared_batches[key]
 
     def _tell_of_unshared(self, batch: int) -> None:
@@ -708,6 +715,7 @@ class Installation:
         unloaded = any(parameter.is_meta for parameter in self.denoiser.parameters())
         weights_at_hand = not unloaded and (self._installed is None or not self._ships)
         self._skeleton = self._skeleton or self._dump()
+        inputs = all_arrived(inputs)
         recording = record_call(
             self.denoiser, self._skeleton, inputs, self.device, weights_at_hand=weights_at_hand
         )
@@ -814,6 +822,11 @@ class Installation:
         if kind not in self._warned:
             self._warned.add(kind)
             warn_user(message)
+
+
+def all_arrived(inputs: Inputs) -> Inputs:
+    """The inputs with what is still being computed elsewhere waited for."""
+    return replace(inputs, leaves=tuple(map(arrived, inputs.leaves)))
 
 
 def _foresee(call: PlacedCall, whole: Inputs, inputs: Inputs, state: ChannelState) -> None:

@@ -43,7 +43,13 @@ def from_pretrained(model: str | Path, devices: int | Sequence[str] | None = Non
     wish = Wish(**{field.name: options.pop(field.name) for field in fields(Wish) if field.name in options})
     device = _first_device(devices)
     placement = settle_placement(
-        devices, wish.num_stages, wish.stride, wish.runtime, device, wish.guidance_of_devices
+        devices,
+        wish.num_stages,
+        wish.stride,
+        wish.runtime,
+        device,
+        wish.guidance_of_devices,
+        wish.controlnet,
     )
     if placement.runtime == "torchrun" and torchrun_rank() > 0:
         join_torchrun(list(placement.devices))

@@ -95,10 +95,14 @@ class RunRecord:
     workers: Sequence[WorkerReport]
 
 
-def build_report(records: Sequence[RunRecord], devices: Sequence[str]) -> RunReport:
-    """Put together what each denoiser noted of one run. Worker clocks are the driver's."""
+def build_report(
+    records: Sequence[RunRecord], devices: Sequence[str], beside: Sequence[WorkerReport] = ()
+) -> RunReport:
+    """Put together what each denoiser noted of one run. Worker clocks are the driver's. `beside`: of further
+    ranks, after those of the denoisers."""
     calls = [call for record in records for call in record.calls]
     workers = [_of_one_rank(reports) for reports in zip(*(record.workers for record in records), strict=True)]
+    workers.extend(beside)
     start_s = min(call.start_s for call in calls)
     steps = sorted({call.step for call in calls})
     return RunReport(

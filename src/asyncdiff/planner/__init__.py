@@ -1,7 +1,14 @@
 """Numbers in, plan out: costs, cut points, partitions, plans and what they predict. Pure."""
 
-from asyncdiff.planner.candidates import Candidate, Objective, choose_candidate, list_candidates
+from asyncdiff.planner.candidates import (
+    Candidate,
+    ControlNetCandidates,
+    Objective,
+    choose_candidate,
+    list_candidates,
+)
 from asyncdiff.planner.choice import choose_plan
+from asyncdiff.planner.controlnet import ControlNetCost, seconds_before_reading, step_seconds
 from asyncdiff.planner.costs import estimate_seconds, glue_seconds
 from asyncdiff.planner.names import block_name, partition_by_names
 from asyncdiff.planner.partitioning import (
@@ -17,6 +24,8 @@ from asyncdiff.planner.timing import simulate
 
 __all__ = [
     "Candidate",
+    "ControlNetCandidates",
+    "ControlNetCost",
     "Objective",
     "Plan",
     "Predictions",
@@ -32,7 +41,9 @@ __all__ = [
     "partition_chain",
     "partition_nested",
     "predict",
+    "seconds_before_reading",
     "share_used_by_groups",
     "simulate",
     "stage_speeds",
+    "step_seconds",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from asyncdiff.errors import ConfigurationError
+from asyncdiff.planner.controlnet import ControlNetCost, step_seconds
 from asyncdiff.planner.plan import Plan
 from asyncdiff.planner.timing import schedule_of, simulate
 from asyncdiff.schedule import staleness
@@ -19,7 +20,8 @@ class Candidate:
     `total_s`: of a run on the machine it was predicted for. `speedup`: over one device that does everything
     in order. `staleness`: the most steps by which a prediction is older than the latents it rests on;
     `read_staleness`: the same of the states that the predicting stage reads. `bytes_per_step`: what all
-    devices send in a steady step, states and predictions.
+    devices send in a steady step, states and predictions. `controlnet`: as `parallelize` takes it; unless
+    "serial" a device beside those of the plan is the ControlNet's.
     """
 
     plan: Plan
@@ -28,10 +30,11 @@ class Candidate:
     staleness: int
     read_staleness: int
     bytes_per_step: float
+    controlnet: str = "serial"
 
     @property
     def num_devices(self) -> int:
-        return self.plan.num_workers
+        return self.plan.num_workers + (self.controlnet != "serial")
 
     @property
     def weight_bytes(self) -> tuple[int, ...]:
@@ -64,10 +67,12 @@ def list_candidates(
     num_steps: int,
     warmup_steps: Sequence[int],
     guidance_refreshes: Sequence[int] = (),
+    controlnet: ControlNetCandidates | None = None,
 ) -> tuple[Candidate, ...]:
     """Every number of stages and stride that takes at most the machine's devices, with each warm-up; of as
-    many devices first those in two groups that share the batch. `guidance_refreshes`: also with these, every
-    number of stages from one.
+    many devices first those in two groups that share the batch, and with a `controlnet`, last, those in which
+    one device is the ControlNet's; in the plans of `make_plan` it is the driver's own work.
+    `guidance_refreshes`: after all these, with each of them every number of stages from one.
 
     `make_plan(num_stages, stride, groups, guidance_refresh)`: the best plan for the first
     `groups * (num_stages + stride - 1)` devices, or `ConfigurationError` where there is none (too few blocks,
@@ -77,21 +82,68 @@ def list_candidates(
     in_order = make_plan(1, 1, 1, 1)
     in_order_s = _seconds(in_order, machine, num_steps)
     found = [_candidate(in_order, in_order_s, in_order_s, num_steps)]
-    num_devices = len(machine.device_speeds)
-    divisions = [(*division, 1) for division in _divisions(num_devices, num_steps)]
-    divisions += [(count, 1, 1, k) for count in range(1, num_devices + 1) for k in guidance_refreshes]
-    for num_stages, stride, groups, refresh in divisions:
+
+    def predicted(num_stages: int, stride: int, groups: int, guidance_refresh: int) -> Iterator[Candidate]:
         try:
-            plan = make_plan(num_stages, stride, groups, refresh)
+            plan = make_plan(num_stages, stride, groups, guidance_refresh)
         except ConfigurationError:
-            continue
+            return
         # One stage with stride 1 that evaluates everything is always in order.
-        is_stale = plan.settings.group_size > 1 or refresh > 1
+        is_stale = plan.settings.group_size > 1 or guidance_refresh > 1
         for number in warmup_steps if is_stale else warmup_steps[:1]:
             warmed = replace(plan, warmup_steps=number)
             total_s = _seconds(warmed, machine, num_steps)
-            found.append(_candidate(warmed, total_s, in_order_s, num_steps))
+            yield _candidate(warmed, total_s, in_order_s, num_steps)
+
+    counts = range(1, len(machine.device_speeds) + 1)
+    for count in counts[1:]:
+        for division in _divisions(count, num_steps):
+            found += predicted(*division, 1)
+        if controlnet is not None:
+            found += _beside_controlnet(controlnet, count, machine, num_steps, warmup_steps, in_order_s)
+    for count in counts:
+        for every in guidance_refreshes:
+            found += predicted(count, 1, 1, every)
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class ControlNetCandidates:
+    """`make_plan` as `list_candidates` takes it, of the devices but the ControlNet's; `cost`: by the number
+    of groups."""
+
+    make_plan: Callable[[int, int, int], Plan]
+    cost: Callable[[int], ControlNetCost]
+
+
+def _beside_controlnet(
+    controlnet: ControlNetCandidates,
+    num_devices: int,
+    machine: Machine,
+    num_steps: int,
+    warmup_steps: Sequence[int],
+    in_order_s: float,
+) -> Iterator[Candidate]:
+    """The last of so many devices is the ControlNet's."""
+    used = replace(machine, device_speeds=machine.device_speeds[:num_devices])
+    for num_stages, stride, groups in _divisions(num_devices - 1, num_steps):
+        try:
+            plan = controlnet.make_plan(num_stages, stride, groups)
+            cost = controlnet.cost(groups)
+        except ConfigurationError:
+            continue
+        for how in ("overlap", "ahead"):
+            is_always_in_order = plan.settings.group_size == 1 and how == "overlap"
+            for number in warmup_steps[:1] if is_always_in_order else warmup_steps:
+                warmed = replace(plan, warmup_steps=number)
+                seconds = step_seconds(warmed, used, cost, ahead=how == "ahead", num_steps=num_steps)
+                made = _candidate(warmed, sum(seconds), in_order_s, num_steps)
+                yield replace(
+                    made,
+                    controlnet=how,
+                    staleness=max(made.staleness, int(how == "ahead")),
+                    bytes_per_step=made.bytes_per_step + cost.output_bytes,
+                )
 
 
 def choose_candidate(candidates: Iterable[Candidate], objective: Objective) -> Candidate:
@@ -107,13 +159,11 @@ def choose_candidate(candidates: Iterable[Candidate], objective: Objective) -> C
 
 
 def _divisions(num_devices: int, num_steps: int) -> list[tuple[int, int, int]]:
-    """(number of stages, stride, groups) that take at least two devices: by devices, then two groups first,
-    then most stages."""
+    """(number of stages, stride, groups) that take so many devices: two groups first, then most stages."""
     return [
-        (count // groups - stride + 1, stride, groups)
-        for count in range(2, num_devices + 1)
-        for groups in ((2, 1) if count % 2 == 0 else (1,))
-        for stride in range(1, min(count // groups, num_steps) + 1)
+        (num_devices // groups - stride + 1, stride, groups)
+        for groups in ((2, 1) if num_devices % 2 == 0 else (1,))
+        for stride in range(1, min(num_devices // groups, num_steps) + 1)
     ]
 
 

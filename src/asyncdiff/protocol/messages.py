@@ -125,10 +125,12 @@ class InlineInput:
 
 @dataclass(frozen=True)
 class TransferredInput:
-    """An input that follows on the data transport."""
+    """An input that follows on the data transport; `is_late`: after all others, and the stage begins without
+    it."""
 
     name: str
     spec: Any
+    is_late: bool = False
 
 
 @dataclass(frozen=True)

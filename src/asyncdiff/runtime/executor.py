@@ -58,6 +58,10 @@ class Executor(Protocol):
         """Build the stages from the live module. Rank r runs stage `rank_stages[r]`, rank 0 perhaps none;
         `held`: stage -> names of the tensors it must hold."""
 
+    def let_go(self, module: nn.Module) -> None:
+        """Of a driver that holds no stage: free the live module's tensors, all of which have been installed
+        elsewhere; `restore` gives them back."""
+
     def prepare(
         self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()
     ) -> None:

@@ -1,7 +1,8 @@
 """Groups of devices, each of which has the whole denoiser divided among its workers.
 
-The driver holds stage 0 of the first group; of the others it only takes predictions. Each group has an
-executor, with ranks, states and transport of its own, so that nothing in a group depends on another.
+The driver holds stage 0 of the first group, or no stage at all; of the others it only takes predictions. Each
+group has an executor, with ranks, states and transport of its own, so that nothing in a group depends on
+another.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from asyncdiff.weights import Skeleton
 
 
 class Groups:
-    """One executor per group. What is asked of all is asked of each in turn."""
+    """One executor per group. What is asked of all is asked of each in turn. `driver_computes`: whether the
+    driver holds stage 0 of the first one."""
 
-    def __init__(self, executors: Sequence[Executor]) -> None:
+    def __init__(self, executors: Sequence[Executor], *, driver_computes: bool = True) -> None:
         self.executors = tuple(executors)
+        self._driver_computes = driver_computes
+
+    def driver_computes_in(self, group: int) -> bool:
+        return group == 0 and self._driver_computes
 
     @property
     def first(self) -> Executor:
@@ -39,7 +45,12 @@ class Groups:
         """As `Executor.install`; `rank_stages`: of the first group."""
         for executor in self.executors[1:]:
             executor.install(module, skeleton, (None, *rank_stages), held)
-        self.first.install(module, skeleton, rank_stages, held)  # the last, because it frees what it ships
+        # The last, because it frees what it ships.
+        if self._driver_computes:
+            self.first.install(module, skeleton, rank_stages, held)
+        else:
+            self.first.install(module, skeleton, (None, *rank_stages), held)
+            self.first.let_go(module)
 
     def prepare(
         self, key: int, specs: Mapping[int, StageSpec], wiring: Wiring, discarded: tuple[int, ...] = ()

@@ -17,6 +17,7 @@ import torch
 from asyncdiff.graph import Atom, TensorSpec
 from asyncdiff.graph.wiring import Wiring
 from asyncdiff.protocol.messages import LatentsScale, RoundInfo, RoundRecord
+from asyncdiff.runtime.awaited import arrived
 from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.runtime.link import Link, Parcel, Pending, Stream
 from asyncdiff.runtime.trend import Trend
@@ -161,6 +162,7 @@ class StageInterpreter:
 
     def _pay(self, rank: int, parcel: Parcel, tensor: torch.Tensor, clock: _Clock) -> None:
         spec = self._debts[rank, parcel]
+        tensor = arrived(tensor)
         with clock.measure(f"send to {rank}", "send"), interrupts_deferred():
             self._link.send(rank, parcel, tensor, spec)
             del self._debts[rank, parcel]
@@ -204,8 +206,11 @@ class StageInterpreter:
                 if (rank, parcel) in self._debts:  # else this reader does not use the leaf
                     self._pay(rank, parcel, tensor, clock)
 
+        tensors, floats = _conditioned(task, first)
+        if self._replica.is_compiled:  # compiled blocks take plain tensors only
+            tensors = {name: arrived(tensor) for name, tensor in tensors.items()}
         with clock.measure(f"stage {self.stage} step {first.step}", "compute"):
-            output = self._replica.run(task.info.key, *_conditioned(task, first), read, emit)
+            output = self._replica.run(task.info.key, tensors, floats, read, emit)
         if output is not None and task.info.gauged is not None:
             output.append(self._largest(missed))
         self._deliver(task, first.step, output, clock)
@@ -223,7 +228,7 @@ class StageInterpreter:
                     self._pay(0, _prediction_parcel(task, step, leaf), tensor, clock)
             elif isinstance(op, Predict) and op.step == step and op.from_rank == self.rank:
                 self._predictions[task.info.run, task.info.channel, step] = [
-                    _Ready(leaf) for leaf in _computed(output)
+                    _Ready(arrived(leaf)) for leaf in _computed(output)
                 ]
 
 

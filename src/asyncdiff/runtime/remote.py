@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from asyncdiff.errors import ParallelizedError, WorkerError
+from asyncdiff.graph import TensorSpec
 from asyncdiff.graph.wiring import Wiring
 from asyncdiff.protocol.messages import (
     AbortRun,
@@ -34,6 +36,7 @@ from asyncdiff.protocol.messages import (
     TransferredInput,
     WorkerReport,
 )
+from asyncdiff.runtime.awaited import arrived, open_delivery
 from asyncdiff.runtime.control import Doing, WorkerConnection, WorkerLostError
 from asyncdiff.runtime.executor import RoundCall, process_report, refuse_aborted
 from asyncdiff.runtime.interpreter import StageInterpreter
@@ -55,7 +58,7 @@ from asyncdiff.weights import (
     resident_bytes,
     undressed,
 )
-from asyncdiff.weights.ownership import bytes_of, tensor_spec
+from asyncdiff.weights.ownership import bytes_of, dense_spec, empty_tensor, tensor_spec
 from asyncdiff.weights.source import checksum
 
 _INLINE_BYTES = 1024
@@ -88,6 +91,16 @@ class Workers(Protocol):
     def kill(self, rank: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _LateInput:
+    """An input that a rank has been told of, and that is still being computed."""
+
+    rank: int
+    name: str
+    spec: TensorSpec
+    tensor: torch.Tensor
 
 
 class RemoteExecutor:
@@ -132,6 +145,7 @@ class RemoteExecutor:
         self._needed: dict[int, dict[int, tuple[str, ...]]] = {}
         self._members: tuple[int, ...] = ()
         self._last_inputs: dict[tuple[int, int, Hashable], dict[str, tuple[torch.Tensor, int]]] = {}
+        self._late: list[_LateInput] = []
         self._announcement: Announcement | None = None
         self._unforeseen: Counter[int] = Counter()  # how often a run did not go on as announced
         self._runs: set[int] = set()
@@ -244,6 +258,11 @@ class RemoteExecutor:
             0, self._rank_stages, self._replica, self._transport, self._device
         )
 
+    def let_go(self, module: nn.Module) -> None:
+        with interrupts_deferred():
+            self._held[0] = set()
+            free_tensors(module, [name for name, _ in named_tensors(module)])
+
     def _keep_own(self, module: nn.Module, skeleton: Skeleton, names: Collection[str]) -> None:
         """Of the live module only the tensors of this process's stage, which is made from them."""
         self._held[0] = set(names)
@@ -315,6 +334,9 @@ class RemoteExecutor:
         self._note_progress("waiting for what its own stage reads", step)
         with self._failing(call.info.run):
             self._end_announced_by_others()
+            if self._rank_stages[0] is not None:
+                # Not while the own stage computes: it may be waiting for a worker that waits for them.
+                self._await_inputs(call)
             with interrupts_deferred():  # once one worker has its part of a round, all must have theirs
                 told = self._told_already(call)
                 self._begin(call.info.run)
@@ -356,8 +378,9 @@ class RemoteExecutor:
     def prediction(self, run: int, channel: Hashable, step: int) -> list[torch.Tensor]:
         self._refuse_if_broken(step)
         assert self._interpreter is not None
-        self._note_progress("waiting for the prediction", step)
         with self._failing(run):
+            self._send_late()
+            self._note_progress("waiting for the prediction", step)
             return self._interpreter.prediction(run, channel, step)
 
     def _begin(self, run: int) -> None:
@@ -382,23 +405,63 @@ class RemoteExecutor:
         """One control message, then the inputs that do not fit in it."""
         needed = self._needed[call.info.key][self._stage_of(rank)]
         tensors = call.tensors_of(rank)
-        items = tuple(self._input_items((rank, call.info.run, call.info.channel), tensors, needed))
+        items = list(self._input_items((rank, call.info.run, call.info.channel), tensors, needed))
+        items.sort(key=lambda item: isinstance(item, TransferredInput) and item.is_late)
+        transferred = [item for item in items if isinstance(item, TransferredInput)]
+        if transferred:
+            self._send_late()  # in the order in which workers were told of them
         connection.send(
             RoundMessage(
                 session=self._session,
                 info=call.info,
                 ops=call.round.ops[rank],
-                inputs=items,
+                inputs=tuple(items),
                 ended_runs=self._ended,
             )
         )
         assert self._transport is not None
-        for item in items:
-            if isinstance(item, TransferredInput):
-                # A copy: the noise scheduler or a callback may write into its tensor before a slow reader has
-                # it.
-                tensor = tensors[item.name].clone()
+        for item in transferred:
+            # A copy: the noise scheduler or a callback may write into its tensor before a slow reader has it.
+            tensor = tensors[item.name].clone()
+            delivery = open_delivery(tensor)
+            if delivery is None:
                 self._transport.send(rank, Parcel(Stream.INPUT, item.name), tensor, item.spec)
+            else:
+                self._late.append(_LateInput(rank, item.name, item.spec, tensor))
+                delivery.tell(functools.partial(self._send_late_of, call.info.run))
+
+    def _await_inputs(self, call: RoundCall) -> None:
+        """Wait for those inputs of the workers that are still being computed."""
+        for rank, _ in self._connections():
+            if call.round.ops[rank]:
+                for name in self._needed[call.info.key][self._stage_of(rank)]:
+                    arrived(call.tensors[name])
+
+    def _send_late_of(self, run: int) -> None:
+        """As soon as they are there, in the midst of whatever this process has waited for them for."""
+        with self._failing(run):
+            self._send_late()
+
+    def _send_late(self) -> None:
+        """Send the workers the inputs that they began a round without."""
+        for each in self._late:
+            arrived(each.tensor)
+        late, self._late = self._late, []
+        assert self._transport is not None
+        with interrupts_deferred():
+            for each in late:
+                parcel = Parcel(Stream.INPUT, each.name)
+                self._transport.send(each.rank, parcel, arrived(each.tensor), each.spec)
+
+    def _fill_late(self) -> None:
+        """Of a round that does not go on: send something, so that nobody waits for it."""
+        late, self._late = self._late, []
+        assert self._transport is not None
+        for each in late:
+            if each.rank not in self._lost:
+                filler = empty_tensor(each.spec, self._device).zero_()
+                with suppress(RuntimeError):
+                    self._transport.send(each.rank, Parcel(Stream.INPUT, each.name), filler, each.spec)
 
     def _input_items(
         self,
@@ -413,6 +476,8 @@ class RemoteExecutor:
             tensor = tensors[name]
             if self._has_been_sent(receiver, name, tensor):
                 yield KeptInput(name)
+            elif open_delivery(tensor) is not None:
+                yield TransferredInput(name, dense_spec(tensor_spec(tensor)), is_late=True)
             elif self._fits_in_message(tensor):
                 yield InlineInput(name, tensor_spec(tensor), bytes_of(tensor))
             else:
@@ -546,6 +611,7 @@ class RemoteExecutor:
                     connection.send(AbortRun(self._session, run, transport_is_lost=self._broken is not None))
                 except WorkerLostError as error:
                     self._note_loss(error)
+        self._fill_late()
         assert self._interpreter is not None
         self._interpreter.settle(self._lost)
         with suppress(WorkerLostError, RuntimeError):  # a transport that broke is given up as a whole
@@ -584,7 +650,7 @@ class RemoteExecutor:
         self._doing = Doing(operation, step)
 
     def _note_loss(self, error: BaseException) -> None:
-        if isinstance(error, WorkerLostError):
+        if isinstance(error, WorkerLostError) and error.rank in self._numbers:
             self._lost.setdefault(self._numbers.index(error.rank), error)
             self._broken = self._broken or error
 
@@ -621,7 +687,7 @@ class RemoteExecutor:
         """Fetch freed tensors from the workers that live, else from the file; the names of those that are
         lost. If none is, `install` may be called again.
         """
-        if not self._held.get(0):  # nothing has left this process yet
+        if 0 not in self._held:  # nothing has left this process yet
             self._read_unloaded(module, [name for name, _ in named_tensors(module)])
             self._unloaded = None
             return []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from asyncdiff.graph import TensorSpec
 from asyncdiff.protocol.messages import (
     Collect,
     Failure,
@@ -28,6 +29,7 @@ from asyncdiff.protocol.messages import (
     TransferredInput,
 )
 from asyncdiff.runtime.allocator import keep_freed_memory, return_freed_memory
+from asyncdiff.runtime.awaited import Delivery
 from asyncdiff.runtime.executor import process_report
 from asyncdiff.runtime.interpreter import RoundTask, StageInterpreter
 from asyncdiff.runtime.link import Parcel, Pending, Stream
@@ -213,7 +215,11 @@ class WorkerSession:
                 held[item.name] = tensor_of(item.spec, item.data)
             elif isinstance(item, TransferredInput):
                 assert self._transport is not None
-                arriving[item.name] = self._transport.receive(0, Parcel(Stream.INPUT, item.name), item.spec)
+                pending = self._transport.receive(0, Parcel(Stream.INPUT, item.name), item.spec)
+                if item.is_late:
+                    held[item.name] = _awaited(pending, item.spec, self._device)
+                else:
+                    arriving[item.name] = pending
         held.update({name: pending.wait() for name, pending in arriving.items()})
         return RoundTask(
             message.info, message.ops, tensors={item.name: held[item.name] for item in message.inputs}
@@ -242,6 +248,12 @@ class WorkerSession:
             step=step,
             run=run,
         )
+
+
+def _awaited(pending: Pending, spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """Whoever needs its elements waits for it."""
+    (tensor,) = Delivery(lambda: [pending.wait()]).tensors([spec], device)
+    return tensor
 
 
 def _preload(modules: tuple[str, ...]) -> None:

@@ -88,6 +88,11 @@ class StageReplica:
         for stub in self._stubs.values():
             stub.actions.pop(key, None)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether any of its blocks run through `torch.compile`."""
+        return bool(self._compiled)
+
     def spec(self, key: Hashable) -> StageSpec:
         """The spec prepared under `key`; KeyError if there is none."""
         return self._specs[key]

@@ -23,6 +23,7 @@ __all__ = [
     "Structure",
     "TorchDispatchMode",
     "TorchFunctionMode",
+    "disabled_torch_function",
     "eager_flex_attention",
     "flops_of",
     "key_path_name",
@@ -32,7 +33,22 @@ __all__ = [
     "tree_flatten_named",
     "tree_unflatten",
     "unset_fake_temporarily",
+    "wrapper",
 ]
+
+# What a subclass of Tensor says that wants `__torch_dispatch__` alone.
+disabled_torch_function = torch._C._disabled_torch_function_impl
+
+
+def wrapper(
+    kind: type[torch.Tensor],
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A tensor of a subclass without memory of its own."""
+    return torch.Tensor._make_wrapper_subclass(kind, shape, strides=stride, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager

@@ -5,15 +5,29 @@ at real sizes, need without a download.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from asyncdiff.bench.architectures import hidream, image_transformers, other_unets, stable_diffusion
 from asyncdiff.bench.architectures import video as video_transformers
-from asyncdiff.bench.architectures.architecture import Architecture, build_denoiser, image, text
+from asyncdiff.bench.architectures.architecture import (
+    Architecture,
+    build_controlnet,
+    build_denoiser,
+    image,
+    text,
+)
 from asyncdiff.bench.architectures.loop import DenoisingLoop
 from asyncdiff.demo import DEMO_MODEL
 from asyncdiff.errors import ConfigurationError
 
-__all__ = ["ARCHITECTURES", "Architecture", "DenoisingLoop", "architecture_named", "build_denoiser"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "DenoisingLoop",
+    "architecture_named",
+    "build_controlnet",
+    "build_denoiser",
+]
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
@@ -31,12 +45,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_named(name: str) -> Architecture:
     """The architecture, if its denoiser can be timed in a loop of its own; `ConfigurationError` listing those
-    that can. `demo`: the bundled pipeline's U-Net."""
+    that can. `demo`: the bundled pipeline's U-Net, `controlnet-demo`: with a ControlNet."""
     if name == "demo":
         return _demo_architecture()
+    if name == "controlnet-demo":
+        return replace(_demo_architecture(), name=name, controlnet_class="ControlNetModel")
     timed = [each.name for each in ARCHITECTURES.values() if each.noise_scheduler is not None]
     if name not in timed:
-        known = ", ".join(["demo", *sorted(timed)])
+        known = ", ".join(["demo", *sorted(["controlnet-demo", *timed])])
         raise ConfigurationError(f"--arch {name} is not known. Use one of {known}.")
     return ARCHITECTURES[name]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ class Architecture:
     what is done to the denoiser so that values do not decide what it computes. `timestep_divisor`: what
     pipelines divide the noise scheduler's timestep by for this denoiser. `picture_channels`: how many of the
     latents' last channels, along `channel_dim`, are a picture that stays as it is beside the noise.
+    `controlnet_class`: of the ControlNet whose results `conditions` has too, with the denoiser's
+    configuration as far as it has the same; None where there is none.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Architecture:
     picture_channels: int = 0
     channel_dim: int = 1
     prepare: Callable[[nn.Module], None] | None = None
+    controlnet_class: str | None = None
 
     def latents(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """One sample of noise, without the batch of guidance."""
@@ -67,6 +71,29 @@ def build_denoiser(
     architecture: Architecture, dtype: torch.dtype, *, seed: int = 0, weightless: bool = False
 ) -> nn.Module:
     """The denoiser in evaluation mode, with random weights in `dtype`, on the CPU; or without any."""
+    denoiser = _build(architecture.class_name, architecture.config, dtype, seed, weightless)
+    if architecture.prepare is not None:
+        architecture.prepare(denoiser)
+    return nn.Module.to(denoiser, dtype).eval()  # diffusers' own warns of a conversion with nothing to lose
+
+
+def build_controlnet(
+    architecture: Architecture, dtype: torch.dtype, *, seed: int = 1, weightless: bool = False
+) -> nn.Module | None:
+    """The architecture's ControlNet, as `build_denoiser` builds; None where it has none."""
+    if architecture.controlnet_class is None:
+        return None
+    import diffusers
+
+    names = inspect.signature(getattr(diffusers, architecture.controlnet_class)).parameters
+    config = {name: value for name, value in architecture.config.items() if name in names}
+    controlnet = _build(architecture.controlnet_class, config, dtype, seed, weightless)
+    return nn.Module.to(controlnet, dtype).eval()
+
+
+def _build(
+    class_name: str, config: Mapping[str, Any], dtype: torch.dtype, seed: int, weightless: bool
+) -> nn.Module:
     import diffusers
 
     torch.manual_seed(seed)
@@ -75,12 +102,10 @@ def build_denoiser(
     nowhere = init_empty_weights(include_buffers=True) if weightless else contextlib.nullcontext()
     try:
         with nowhere:
-            denoiser: nn.Module = getattr(diffusers, architecture.class_name)(**architecture.config)
+            module: nn.Module = getattr(diffusers, class_name)(**config)
     finally:
         torch.set_default_dtype(before)
-    if architecture.prepare is not None:
-        architecture.prepare(denoiser)
-    return nn.Module.to(denoiser, dtype).eval()  # diffusers' own warns of a conversion with nothing to lose
+    return module
 
 
 def image(channels: int, pixels_per_latent: int = 8) -> LatentShape:

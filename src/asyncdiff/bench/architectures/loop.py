@@ -13,6 +13,9 @@ from torch import nn
 
 from asyncdiff.bench.architectures.architecture import Architecture
 
+_PIXELS_PER_LATENT = 8  # of the ControlNet's own picture
+_DOWN_RESIDUALS, _MIDDLE_RESIDUAL = "down_block_additional_residuals", "mid_block_additional_residual"
+
 
 @dataclass(frozen=True)
 class _Always:
@@ -28,11 +31,17 @@ class DenoisingLoop:
     """A denoiser, a noise scheduler, and their loop.
 
     Guidance as one call with a batch of two, as Stable Diffusion pipelines make it, where the architecture's
-    batch is two.
+    batch is two. With a `controlnet`, what that returns takes the place of the architecture's inputs of the
+    same names.
     """
 
     def __init__(
-        self, architecture: Architecture, denoiser: nn.Module, size: int, dtype: torch.dtype
+        self,
+        architecture: Architecture,
+        denoiser: nn.Module,
+        size: int,
+        dtype: torch.dtype,
+        controlnet: nn.Module | None = None,
     ) -> None:
         import diffusers
 
@@ -45,11 +54,18 @@ class DenoisingLoop:
         torch.manual_seed(0)
         self._conditions = architecture.conditions(torch.cat([self._latents] * architecture.batch))
         self.current_timestep: torch.Tensor | None = None
+        if controlnet is not None:
+            self.controlnet = controlnet
+            height, width = (_PIXELS_PER_LATENT * length for length in self._latents.shape[-2:])
+            self._control_picture = torch.rand(architecture.batch, 3, height, width).to(dtype)
 
     def to(self, device: str) -> DenoisingLoop:
         """Move everything there; itself."""
         nn.Module.to(self.denoiser, device)
         self._latents, self._conditions = send_to_device((self._latents, self._conditions), device)
+        if hasattr(self, "controlnet"):
+            nn.Module.to(self.controlnet, device)
+            self._control_picture = self._control_picture.to(device)
         return self
 
     def own_architecture(self) -> Architecture:
@@ -117,10 +133,22 @@ class DenoisingLoop:
             doubled = torch.cat([doubled, torch.cat([picture] * batch)], self._architecture.channel_dim)
         if self._architecture.timestep_divisor != 1:  # dividing by 1 would make a float of an integer
             timestep = timestep / self._architecture.timestep_divisor
-        prediction = self.denoiser(
-            doubled, timestep=timestep.expand(batch), **self._conditions, return_dict=False
-        )[0]
+        conditions = self._conditions
+        if hasattr(self, "controlnet"):
+            conditions = conditions | self._control(doubled, timestep.expand(batch))
+        prediction = self.denoiser(doubled, timestep=timestep.expand(batch), **conditions, return_dict=False)[
+            0
+        ]
         if batch == 1:
             return prediction
         unconditional, conditional = prediction.chunk(2)
         return unconditional + 5.0 * (conditional - unconditional)
+
+    def _control(self, doubled: torch.Tensor, timestep: torch.Tensor) -> dict[str, Any]:
+        """The denoiser's inputs that the ControlNet makes."""
+        skips, middle = _DOWN_RESIDUALS, _MIDDLE_RESIDUAL
+        shared = {name: each for name, each in self._conditions.items() if name not in (skips, middle)}
+        made = self.controlnet(
+            doubled, timestep, controlnet_cond=self._control_picture, return_dict=False, **shared
+        )
+        return dict(zip((skips, middle), made, strict=True))

@@ -136,12 +136,13 @@ def _unet(
     width: int = 1024,
     picture_channels: int = 0,
     channel_dim: int = 1,
+    controlnet_class: str | None = None,
 ) -> Architecture:
     """A U-Net with guidance in one call."""
     return Architecture(
         name, title, class_name, latent_shape, conditions, config, height, width, batch=2,
         component="unet", noise_scheduler=noise_scheduler, latents_name="sample",
-        picture_channels=picture_channels, channel_dim=channel_dim,
+        picture_channels=picture_channels, channel_dim=channel_dim, controlnet_class=controlnet_class,
     )  # fmt: skip
 
 
@@ -160,9 +161,12 @@ ARCHITECTURES = (
     ),
     _unet(
         "controlnet-sd15", "Stable Diffusion 1.5 with ControlNet", image(4), _sd15_controlnet, _SD15,
-        height=512, width=512,
+        height=512, width=512, controlnet_class="ControlNetModel",
     ),
-    _unet("controlnet-sdxl", "Stable Diffusion XL with ControlNet", image(4), _sdxl_controlnet, _SDXL),
+    _unet(
+        "controlnet-sdxl", "Stable Diffusion XL with ControlNet", image(4), _sdxl_controlnet, _SDXL,
+        controlnet_class="ControlNetModel",
+    ),
     Architecture(
         "sd3", "Stable Diffusion 3 medium", "SD3Transformer2DModel", image(16), _SD3_TEXT, _SD3,
         batch=2, noise_scheduler=_FLOW,
