@@ -212,9 +212,12 @@ def test_idle_workers_take_no_processor_time() -> None:
     with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], partition="chain") as handle:
         expected = generate(pipe)
         process = psutil.Process(handle.workers[0].pid)
-        before = sum(process.cpu_times()[:2]), time.process_time()
-        time.sleep(2)
-        after = sum(process.cpu_times()[:2]), time.process_time()
-        assert after[0] - before[0] <= 0.04, "the worker"
-        assert after[1] - before[1] <= 0.04, "the driver"
+        spans = []
+        for _ in range(3):  # what waiting costs is in each of them, what the machine is at besides in some
+            before = sum(process.cpu_times()[:2]), time.process_time()
+            time.sleep(2)
+            after = sum(process.cpu_times()[:2]), time.process_time()
+            spans.append((after[0] - before[0], after[1] - before[1]))
+        assert min(worker for worker, _ in spans) <= 0.04, "the worker"
+        assert min(driver for _, driver in spans) <= 0.04, "the driver"
         assert torch.equal(generate(pipe), expected)
