@@ -9,6 +9,7 @@ INSTALLED := $(VENV)/.installed
 INCOMPLETE := $(VENV)/.incomplete
 # Two processes, one per core of the smallest machine that the tests are meant for.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+EIGHT := cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu
 
 .PHONY: help demo test test-all lint types imports tests benchmarks tables clean
 .DELETE_ON_ERROR:
@@ -62,6 +63,12 @@ benchmarks: $(INSTALLED)
 		--json docs/benchmarks/noise-schedulers.json
 	$(BIN)/python -m asyncdiff.bench.quality.figures --output docs/benchmarks/fidelity.json
 	$(BIN)/python -m asyncdiff.bench.quality.render docs/fidelity.md
+	$(BIN)/asyncdiff plan --arch sd21 --size 512 --dtype bfloat16 --devices $(EIGHT) --profile --guidance-refresh 2,4 \
+		--json docs/benchmarks/plan-sd21.json
+	$(BIN)/asyncdiff plan --arch sdxl --size 1024 --dtype float16 --devices 8 --guidance-refresh 2,4 \
+		--json docs/benchmarks/plan-sdxl.json
+	$(BIN)/python -m asyncdiff.bench.choosing docs/choosing.md --plan docs/benchmarks/plan-sd21.json \
+		--plan docs/benchmarks/plan-sdxl.json --fidelity docs/benchmarks/fidelity.json
 	$(BIN)/python -m asyncdiff.bench.readme README.md --demo docs/benchmarks/demo.json \
 		--step docs/benchmarks/step-sd21.json
 

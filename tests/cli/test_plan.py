@@ -95,6 +95,30 @@ def test_fastest_is_chosen(three_devices: dict[str, Any]) -> None:
     assert chosen(three_devices)["total_s"] == min(each["total_s"] for each in three_devices["candidates"])
 
 
+def test_choice_is_explained_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(tmp_path, *DEMO)
+    sentence = found["reason"]
+    assert sentence.startswith("Chosen: 2 stages on 2 devices")
+    assert sentence.endswith("% longer.")
+    assert capsys.readouterr().out.splitlines()[-1] == sentence
+    assert found["environment"]["packages"]["torch"]
+
+
+def test_very_stale_ways_are_chosen_only_if_asked_for(tmp_path: Path) -> None:
+    options = [
+        "--arch",
+        "demo",
+        "--devices",
+        ",".join(["cpu"] * 6),
+        "--latency-us",
+        "0",
+        "--bandwidth-gbs",
+        "1e9",
+    ]
+    assert chosen(planned(tmp_path, *options))["staleness"] <= 5
+    assert chosen(planned(tmp_path, *options, "--max-staleness", "50"))["staleness"] > 5
+
+
 def test_staleness_limit_is_kept(tmp_path: Path) -> None:
     found = planned(tmp_path, *DEMO, "--max-staleness", "0")
     assert chosen(found)["staleness"] == 0

@@ -15,6 +15,7 @@ from asyncdiff.planner import (
     Objective,
     Plan,
     choose_candidate,
+    explain_choice,
     list_candidates,
     make_plan,
     simulate,
@@ -192,3 +193,43 @@ def test_what_is_least_possible_is_said() -> None:
         ConfigurationError, match=r"within staleness 0 and 2e-08 GB .*the least staleness is 0"
     ):
         choose_candidate(on(2), Objective(max_staleness=0, max_memory_bytes=20))
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        (
+            Objective(),
+            "2 stages, stride 2 on 3 devices, 3.25x: what it reads is up to 3 steps old; the fastest, the "
+            "next one (one stage, stride 3 on 3, what it reads is up to 2 steps old) takes 25% longer.",
+        ),
+        (
+            Objective(max_staleness=1),
+            "2 stages on 2 devices, 1.86x: what it reads is up to 1 step old; the fastest within the limits, "
+            "the next one (one stage, stride 2 on 2, what it reads is up to 1 step old) takes as long.",
+        ),
+        (
+            Objective(max_staleness=0),
+            "one stage on 1 device, 1.00x: exact; nothing else is there within the limits.",
+        ),
+    ],
+)
+def test_choice_is_explained(objective: Objective, reason: str) -> None:
+    candidates = on(3, num_steps=13)
+    chosen = choose_candidate(candidates, objective)
+    assert explain_choice(chosen, candidates, objective) == f"Chosen: {reason}"
+
+
+def test_exact_ways_are_called_so() -> None:
+    def make_groups(num_stages: int, stride: int, groups: int, guidance_refresh: int) -> Plan:
+        settings = Settings(num_stages, stride, groups=groups, guidance_refresh=guidance_refresh)
+        return make_plan(HALF, settings, ["cpu"] * settings.num_workers, driver_seconds=0.0)
+
+    candidates = list_candidates(make_groups, Machine((1.0,) * 2), 13, (1,), (4,))
+    of_groups = {(each.plan.groups, each.plan.guidance_refresh): each for each in candidates}
+    assert ": exact; " in explain_choice(of_groups[2, 1], candidates, Objective())
+    one = next(each for each in candidates if each.num_devices == 1 and each.plan.guidance_refresh == 4)
+    assert "guidance evaluated in full every 4 steps on 1 device" in explain_choice(
+        one, candidates, Objective()
+    )
+    assert ": only guidance is continued; " in explain_choice(one, candidates, Objective())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from asyncdiff.cli.arguments import Dtype, Forecast, Freshness
 from asyncdiff.config import Settings
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.planner import (
+    USUAL_STALENESS,
     Candidate,
     ControlNetCandidates,
     Objective,
     Plan,
     choose_candidate,
+    explain_choice,
     list_candidates,
 )
 from asyncdiff.simulation import Machine
@@ -115,14 +118,14 @@ def plan(
         ),
     ] = None,
     max_staleness: Annotated[
-        int | None,
+        int,
         typer.Option(
             "--max-staleness",
             metavar="STEPS",
             rich_help_panel=_OBJECTIVE,
             help="The fastest whose predictions rest on latents no older than that.",
         ),
-    ] = None,
+    ] = USUAL_STALENESS,
     max_memory: Annotated[
         float | None,
         typer.Option(
@@ -190,12 +193,14 @@ def plan(
             wish.beside_controlnet(basis),
         )
     chosen = choose_candidate(candidates, objective)
+    reason = explain_choice(chosen, candidates, objective)
     if output is not None:
         chosen.plan.save(output)
     if json_file is not None:
-        content = _to_json(request, basis, described, steps, candidates, chosen)
+        content = _to_json(request, basis, described, steps, candidates, chosen, reason)
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _show(request, basis, link, described, steps, candidates, chosen, objective)
+    typer.echo(reason)
 
 
 @dataclass(frozen=True)
@@ -490,7 +495,10 @@ def _to_json(
     steps: int,
     candidates: Sequence[Candidate],
     chosen: Candidate,
+    reason: str,
 ) -> dict[str, Any]:
+    from asyncdiff.bench.environment import describe_environment
+
     block_ms = {str(key): 1e3 * seconds for key, seconds in (basis.seconds or {}).items()}
     part_ms = {str(key): 1e3 * seconds for key, seconds in (basis.part_seconds or {}).items()}
     driver_ms = None if basis.driver_seconds is None else 1e3 * basis.driver_seconds
@@ -509,6 +517,9 @@ def _to_json(
         **({"part_block_ms": part_ms} if part_ms else {}),
         "driver_ms": driver_ms,
         **({} if basis.controlnet is None else {"controlnet_ms": 1e3 * basis.controlnet_seconds}),
+        "reason": reason,
+        "environment": describe_environment(),
+        "command": " ".join(["asyncdiff", *sys.argv[1:]]),
     }
 
 

@@ -1,10 +1,12 @@
 """Numbers in, plan out: costs, cut points, partitions, plans and what they predict. Pure."""
 
 from asyncdiff.planner.candidates import (
+    USUAL_STALENESS,
     Candidate,
     ControlNetCandidates,
     Objective,
     choose_candidate,
+    explain_choice,
     list_candidates,
 )
 from asyncdiff.planner.choice import choose_plan
@@ -23,6 +25,7 @@ from asyncdiff.planner.predictions import Predictions, predict
 from asyncdiff.planner.timing import simulate
 
 __all__ = [
+    "USUAL_STALENESS",
     "Candidate",
     "ControlNetCandidates",
     "ControlNetCost",
@@ -34,6 +37,7 @@ __all__ = [
     "choose_candidate",
     "choose_plan",
     "estimate_seconds",
+    "explain_choice",
     "glue_seconds",
     "list_candidates",
     "make_plan",

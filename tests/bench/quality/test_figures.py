@@ -95,13 +95,30 @@ def test_every_setting_that_was_asked_for_is_a_section_of_each_model() -> None:
     assert [section.name for section in unet] == [
         "steps-50", "nested", "auto", "steps-25", "euler", "dpm", "guidance", "bfloat16", "float16",
         "refresh-50", "refresh-50-7.5", "refresh-50-12", "refresh-20", "refresh-20-7.5", "refresh-20-12",
+        "ways",
     ]  # fmt: skip
     assert {str(way.configuration) for way in unet[0].ways} == {"2x1", "3x1", "4x1", "2x2", "3x2"}
-    assert [len(section.ways) // 5 for section in unet] == [5, 3, 2, 3, 3, 3, 3, 3, 3, *[1] * 6]
+    assert [len(section.ways) // 5 for section in unet[:-1]] == [5, 3, 2, 3, 3, 3, 3, 3, 3, *[1] * 6]
     for section in found:
         usual = 24 if section.name.startswith(sections.REFRESH) else 16
         count = {sections.MAIN: 64, "float16": 8}.get(section.name, usual)
         assert section.generation.captions == tuple(held_out_captions(count))
+
+
+def test_every_way_to_use_so_many_devices_is_measured_once() -> None:
+    asked = [
+        way
+        for section in sections.sections(("demo",), 64) if section.name in ("steps-50", "refresh-50", "ways")
+        for way in section.ways if (way.forecast, way.freshness) == ("latents", "auto")
+    ]  # fmt: skip
+    found = [(str(way.configuration), way.guidance_refresh) for way in asked]
+    everything = {
+        (f"{size - stride + 1}x{stride}", refresh)
+        for size in (1, 2, 3, 4, 6, 8) for stride in range(1, size + 1) for refresh in (1, 2, 4)
+        if refresh == 1 or stride == 1
+    } - {("1x1", 1)}  # fmt: skip
+    assert set(found) == everything
+    assert [each for each in found if found.count(each) > 1] == [("2x1", 1)] * 2, "beside refreshed guidance"
 
 
 def _row(way: Way, psnr_db: float, worst_db: float, steps: tuple[int, ...] = (0,)) -> dict[str, Any]:

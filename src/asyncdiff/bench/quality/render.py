@@ -19,7 +19,7 @@ import typer
 from asyncdiff.bench import command
 from asyncdiff.bench.quality import figures
 from asyncdiff.bench.quality.results import way_from_json
-from asyncdiff.bench.quality.sections import AUTO_WARMUP, CONFIGURATIONS, MAIN, REFRESH, RULES
+from asyncdiff.bench.quality.sections import AUTO_WARMUP, CONFIGURATIONS, MAIN, REFRESH, RULES, WAYS
 from asyncdiff.bench.quality.ways import Way
 from asyncdiff.bench.readme import replace_measured
 from asyncdiff.errors import ConfigurationError
@@ -75,6 +75,12 @@ def read_sections(content: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
     return found
 
 
+def cell(section: Measured, configuration: str, rule: str) -> str:
+    """Mean PSNR in dB and in brackets that of the worst tenth; empty where there is no such row."""
+    mean, worst = section.psnr_db(configuration, rule), section.worst_tenth_db(configuration, rule)
+    return "" if mean is None or worst is None else f"{_decibels(mean)} ({_decibels(worst)})"
+
+
 def gain_tables(models: Mapping[str, Mapping[str, Measured]]) -> str:
     """At 50 steps: every rule, the gain of the best over the paper's, and what was aimed at."""
     parts = []
@@ -90,7 +96,7 @@ def _gain_table(section: Measured) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
     for configuration in section.configurations:
-        cells = [configuration, *(_cell(section, configuration, rule) for rule in rules), "", "", ""]
+        cells = [configuration, *(cell(section, configuration, rule) for rule in rules), "", "", ""]
         best = _best(section, configuration)
         if best is not None:
             rule, gain = best
@@ -152,7 +158,7 @@ def settings_tables(models: Mapping[str, Mapping[str, Measured]]) -> str:
     parts = []
     for model, sections in models.items():
         for name, section in sections.items():
-            if name in (MAIN, AUTO_WARMUP) or name.startswith(REFRESH):
+            if name in (MAIN, AUTO_WARMUP, WAYS) or name.startswith(REFRESH):
                 continue
             parts += [f"**{_title(model, section)}**", ""]
             failed = section.values["failed"]
@@ -165,7 +171,7 @@ def _setting_table(section: Measured) -> Iterator[str]:
     yield f"| stages x stride | {' | '.join(section.rules)} |"
     yield "|" + "---|" * (len(section.rules) + 1)
     for configuration in section.configurations:
-        cells = [_cell(section, configuration, rule) for rule in section.rules]
+        cells = [cell(section, configuration, rule) for rule in section.rules]
         yield f"| {configuration} | {' | '.join(cells)} |"
     yield ""
     yield f"{_note(section)} {where_it_does_not_help(section)}"
@@ -190,8 +196,8 @@ def auto_tables(models: Mapping[str, Mapping[str, Measured]]) -> str:
             cells = [
                 configuration,
                 rule,
-                "" if fixed is None else _cell(fixed, configuration, rule),
-                _cell(section, configuration, rule),
+                "" if fixed is None else cell(fixed, configuration, rule),
+                cell(section, configuration, rule),
                 _steps(row),
                 "" if fixed is None else _speedup(fixed, configuration, rule),
                 _speedup(section, configuration, rule),
@@ -212,7 +218,7 @@ def refresh_tables(models: Mapping[str, Mapping[str, Measured]]) -> str:
         parts += [f"**{_title(model, columns[0], 'guidance refreshed')}**", "", f"| {' | '.join(heads)} |"]
         parts.append("|" + "---|" * len(heads))
         for configuration, rule in columns[0].rows:
-            cells = [configuration, rule, *(_cell(section, configuration, rule) for section in columns)]
+            cells = [configuration, rule, *(cell(section, configuration, rule) for section in columns)]
             parts.append(f"| {' | '.join(cells)} |")
         values = columns[0].values
         num_captions = values["settings"]["generation"]["num_captions"]
@@ -223,11 +229,6 @@ def refresh_tables(models: Mapping[str, Mapping[str, Measured]]) -> str:
             "",
         ]
     return "\n".join(parts)
-
-
-def _cell(section: Measured, configuration: str, rule: str) -> str:
-    mean, worst = section.psnr_db(configuration, rule), section.worst_tenth_db(configuration, rule)
-    return "" if mean is None or worst is None else f"{_decibels(mean)} ({_decibels(worst)})"
 
 
 def _decibels(value: float) -> str:

@@ -32,8 +32,12 @@ _HIGH_GUIDANCE = 7.5
 _BATCH_SIZE = 16
 REFRESH = "refresh"  # how the names of its sections begin
 _REFRESH_CAPTIONS = 24
+_REFRESH_STAGES = 2  # at most
 _REFRESH_GUIDANCE = (None, _HIGH_GUIDANCE, 12.0)
 _REFRESH_STEPS = (50, 20)
+WAYS = "ways"  # what docs/choosing.md shows
+NUM_DEVICES = (2, 3, 4, 6, 8)
+_REFRESHES = (2, 4)
 _FLOAT16_CAPTIONS = 8  # a step of 16 takes a processor 1.45 s, and 0.16 in float32
 
 
@@ -80,6 +84,22 @@ def _of_model(model: str, captions: tuple[str, ...]) -> Iterator[Section]:
     yield section("float16", "float16", dtype="float16", captions=captions[:_FLOAT16_CAPTIONS])
     for steps, scale in itertools.product(_REFRESH_STEPS, _REFRESH_GUIDANCE):
         yield _refresh_section(model, captions[:_REFRESH_CAPTIONS], steps, scale)
+    ways = tuple(_all_ways())
+    generation = Generation(model, captions[:_SIDE_CAPTIONS], dtype="float32", batch_size=_BATCH_SIZE)
+    yield Section(WAYS, "every way to use 2 to 8 devices", generation, ways)
+
+
+def _all_ways() -> Iterator[Way]:
+    """Of every stages x stride that some of `NUM_DEVICES` make, in one group or in each of two, what the
+    other sections do not have."""
+    sizes = {count // groups for count in NUM_DEVICES for groups in (1, 2) if count % groups == 0}
+    for size in sorted(sizes):
+        by_stride = [Configuration(size - stride + 1, stride) for stride in range(1, size + 1)]
+        for configuration in by_stride:
+            if size > 1 and configuration not in CONFIGURATIONS:
+                yield Way(configuration, "latents", "auto", partition=_PARTITION)
+        for refresh in _REFRESHES if size > _REFRESH_STAGES else ():
+            yield Way(by_stride[0], "latents", "auto", partition=_PARTITION, guidance_refresh=refresh)
 
 
 def _refresh_section(
@@ -91,10 +111,10 @@ def _refresh_section(
         name = f"{REFRESH}-{steps}"
     else:
         name = f"{REFRESH}-{steps}-{guidance_scale:g}"
-    one, two = Configuration(1, 1), Configuration(2, 1)
+    one, most = Configuration(1, 1), Configuration(_REFRESH_STAGES, 1)
     ways = tuple(
         Way(configuration, "latents", "auto", partition=_PARTITION, guidance_refresh=refresh)
-        for configuration, refreshes in ((one, (2, 4)), (two, (1, 2, 4)))
+        for configuration, refreshes in ((one, _REFRESHES), (most, (1, *_REFRESHES)))
         for refresh in refreshes
     )
     generation = Generation(
