@@ -11,6 +11,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import signal
 import sys
 import time
 import uuid
@@ -24,6 +25,10 @@ _LEAVE_TIMEOUT_S = 5.0
 # Whatever a test starts inherits it, so that also a process whose parent has died is found.
 _MARK = "ASYNCDIFF_TEST_SESSION"
 os.environ[_MARK] = uuid.uuid4().hex
+
+# Shells let what they start in the background ignore Ctrl-C, and children inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two cores shared with whatever else runs: no deadline per example, and the same examples every time.
 hypothesis.settings.register_profile("asyncdiff", deadline=None, derandomize=True)
