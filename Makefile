@@ -57,6 +57,12 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python -m asyncdiff.bench.unequal --arch sd21 --size 256 --speed 0.5 --json docs/benchmarks/unequal.json
 	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --dtype bfloat16 --devices 2 --steps 30 \
 		--json docs/benchmarks/prediction-sd21.json
+	$(BIN)/asyncdiff bench step --arch sd21 --size 512 --dtype bfloat16 --devices 2 --guidance split \
+		--json docs/benchmarks/step-sd21-split.json
+	$(BIN)/asyncdiff bench step --arch sd21 --size 512 --dtype bfloat16 --devices 1 --guidance-refresh 2 \
+		--json docs/benchmarks/step-sd21-refresh.json
+	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 512 --dtype bfloat16 --devices 2 --steps 50 \
+		--guidance-refresh 4 --runs 1 --json docs/benchmarks/prediction-sd21-refresh.json
 	$(BIN)/python -m asyncdiff.bench.controlnet --arch controlnet-sdxl --size 256 --dtype bfloat16 \
 		--json docs/benchmarks/controlnet.json --page docs/controlnet.md
 	$(BIN)/python -m asyncdiff.bench.noise_schedulers quality docs/noise-schedulers.md \

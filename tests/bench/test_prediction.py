@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,20 +72,24 @@ def repetition(predicted_s: float, measured_s: float) -> Repetition:
 
 def test_error_is_the_median_of_the_repetitions() -> None:
     runs = (repetition(1.1, 1.0), repetition(1.0, 1.25), repetition(3.0, 3.0))
-    check = PredictionCheck("demo", 64, "float32", ("cpu", "cpu"), 30, (), runs)
+    check = PredictionCheck("demo", 64, "float32", ("cpu", "cpu"), 30, 1, (), runs)
     assert [each.error for each in runs] == pytest.approx([0.1, -0.2, 0.0])
     assert check.error == pytest.approx(0.0)
     assert runs[0].in_order_error == pytest.approx(-0.2)
     assert check.to_json()["repetitions"][1]["error"] == pytest.approx(-0.2)
+    assert [each.speedup for each in runs] == pytest.approx([5.0, 4.0, 5.0 / 3.0])
+    assert check.to_json()["speedup"] == pytest.approx(4.0)
     assert runs[0].row(1, 2)[2:7] == ["1.90", "0.10 ms", "1.100 s", "1.000 s", "+10.0%"]
 
 
 @pytest.mark.wide
 @pytest.mark.timeout(300)
-def test_whole_check_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("guidance_refresh", [1, 2])
+def test_whole_check_of_the_demo(guidance_refresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two spinning threads on a machine that is busy with other tests make a step take seconds.
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    found = check_prediction(arch="demo", size=64, dtype="float32", devices=("cpu", "cpu"), steps=6, runs=1)
+    workload: dict[str, Any] = {"arch": "demo", "size": 64, "dtype": "float32", "devices": ("cpu", "cpu")}
+    found = check_prediction(**workload, steps=6, runs=1, guidance_refresh=guidance_refresh)
     (run,) = found.repetitions
     assert run.kind in ("chain", "nested")
     assert 0 < run.busy_speed <= 1

@@ -5,6 +5,8 @@ then it is made. Where devices slow each other down (cores of one processor), th
 block after warm-up is that of processes which all run the whole denoiser at the same time.
 
 python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --dtype bfloat16 --devices 2 --steps 30
+
+With `--guidance-refresh K` one half of guidance is left out between refreshes.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ _CEILING_STEPS = 6
 class Repetition:
     """`busy_speed`: what part of its speed a process keeps while as many as there are devices work.
     `driver_ms`: the noise scheduler's and guidance's, per step. Seconds are those of whole runs; those in
-    order are of as many steps, `in_order_s` by the sum of all blocks and `measured_in_order_s` from single
-    steps.
+    order are of as many steps, `in_order_s` by the sum of all blocks (where guidance is refreshed, of both
+    halves one after the other) and `measured_in_order_s` from single steps.
     """
 
     kind: str
@@ -56,12 +58,17 @@ class Repetition:
     def in_order_error(self) -> float:
         return self.in_order_s / self.measured_in_order_s - 1.0
 
+    @property
+    def speedup(self) -> float:
+        return self.measured_in_order_s / self.measured_s
+
     def row(self, number: int, num_devices: int) -> list[str]:
         """For the table."""
         return [
             str(number), self.kind, f"{num_devices * self.busy_speed:.2f}", f"{self.driver_ms:.2f} ms",
             f"{self.predicted_s:.3f} s", f"{self.measured_s:.3f} s", f"{self.error:+.1%}",
             f"{self.in_order_s:.3f} s", f"{self.measured_in_order_s:.3f} s", f"{self.in_order_error:+.1%}",
+            f"{self.speedup:.2f}x",
         ]  # fmt: skip
 
 
@@ -74,6 +81,7 @@ class PredictionCheck:
     dtype: str
     devices: tuple[str, ...]
     steps: int
+    guidance_refresh: int
     links: tuple[LinkSpeed, ...]
     repetitions: tuple[Repetition, ...]
 
@@ -82,15 +90,22 @@ class PredictionCheck:
         """Median over the repetitions."""
         return statistics.median(each.error for each in self.repetitions)
 
+    @property
+    def speedup(self) -> float:
+        """Of the whole run over one in order; median over the repetitions."""
+        return statistics.median(each.speedup for each in self.repetitions)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self) | {
             "links": [link.to_json() for link in self.links],
             "repetitions": [
-                asdict(each) | {"error": each.error, "in_order_error": each.in_order_error}
+                asdict(each)
+                | {"error": each.error, "in_order_error": each.in_order_error, "speedup": each.speedup}
                 for each in self.repetitions
             ],
             "error": self.error,
+            "speedup": self.speedup,
         }
 
 
@@ -102,6 +117,7 @@ def check_prediction(
     devices: Sequence[str],
     steps: int,
     runs: int,
+    guidance_refresh: int = 1,
     progress: Progress = no_progress,
 ) -> PredictionCheck:
     """Predict and make a run of `steps` steps on as many stages as devices, `runs` times."""
@@ -123,8 +139,10 @@ def check_prediction(
         repetitions = []
         for number in range(runs):
             progress("Predicting and running", number, runs)
-            repetitions.append(_repeat(subject, wholes, devices, links, steps))
-    return PredictionCheck(arch, size, dtype, tuple(devices), steps, links, tuple(repetitions))
+            repetitions.append(_repeat(subject, wholes, devices, links, steps, guidance_refresh))
+    return PredictionCheck(
+        arch, size, dtype, tuple(devices), steps, guidance_refresh, links, tuple(repetitions)
+    )
 
 
 def _repeat(
@@ -133,6 +151,7 @@ def _repeat(
     devices: Sequence[str],
     links: Sequence[LinkSpeed],
     steps: int,
+    guidance_refresh: int,
 ) -> Repetition:
     import asyncdiff
     from asyncdiff.bench.workload import run_timed
@@ -143,6 +162,7 @@ def _repeat(
         list(devices),
         warmup_steps=_WARMUP_STEPS,
         guidance="together",
+        guidance_refresh=guidance_refresh,
         profile=True,
         example=subject.example,
     )
@@ -157,9 +177,10 @@ def _repeat(
     )
     predicted = asyncdiff.simulate(chosen, machine, num_steps=steps)
     with asyncdiff.parallelize(subject.pipe, list(devices), plan=chosen):
-        run_timed(subject, _UNTIMED_STEPS)
+        run_timed(subject, max(_UNTIMED_STEPS, _WARMUP_STEPS + 2 * guidance_refresh))
         measured = run_timed(subject, steps)
-    in_order_step_s = predictions.ideal_speedup * max(predictions.stage_seconds) / chosen.stride
+    num_parts = 2 if guidance_refresh > 1 else 1
+    in_order_step_s = num_parts * predictions.ideal_speedup * max(predictions.stage_seconds) / chosen.stride
     return Repetition(
         kind=chosen.kind,
         busy_speed=machine.busy_speed,
@@ -192,6 +213,9 @@ def prediction_check(
         str, typer.Option(metavar="N|LIST", help="A number, or names separated by commas.")
     ] = "2",
     steps: Annotated[int, typer.Option(help="Steps of the run.")] = 30,
+    guidance_refresh: Annotated[
+        int, typer.Option(metavar="K", help="Both halves of guidance at every K-th step only.")
+    ] = 1,
     runs: Annotated[int, typer.Option(help="Times everything is done.")] = 3,
     json_file: command.JsonOption = None,
 ) -> None:
@@ -199,18 +223,30 @@ def prediction_check(
     command.check_dtype(dtype)
     command.check_at_least("--steps", steps, _WARMUP_STEPS + 1)
     command.check_at_least("--runs", runs, 1)
+    command.check_at_least("--guidance-refresh", guidance_refresh, 1)
     names = _device_names(devices)
     command.check_at_least("--devices", len(names), 2)
-    result = check_prediction(arch=arch, size=size, dtype=dtype, devices=names, steps=steps, runs=runs)
+    result = check_prediction(
+        arch=arch,
+        size=size,
+        dtype=dtype,
+        devices=names,
+        steps=steps,
+        runs=runs,
+        guidance_refresh=guidance_refresh,
+    )
     command.show_table(
         f"{arch}, {size} px, {dtype}, {steps} steps on {len(names)} devices",
         [
             "repetition", "split", "ceiling", "driver", "predicted", "measured", "error",
-            "in order, predicted", "measured", "error",
+            "in order, predicted", "measured", "error", "speed-up",
         ],
         [each.row(number + 1, len(names)) for number, each in enumerate(result.repetitions)],
     )  # fmt: skip
-    typer.echo(f"Error of the prediction: {result.error:+.1%} (median of {runs})")
+    typer.echo(
+        f"Error of the prediction: {result.error:+.1%}; speed-up of the run: {result.speedup:.2f}x "
+        f"(medians of {runs})"
+    )
     command.finish("prediction_check", result.to_json(), json_file)
 
 
