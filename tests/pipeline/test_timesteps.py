@@ -130,6 +130,26 @@ def test_other_arguments_are_refused(argument: Callable[[torch.Tensor], torch.Te
         timestep_map.argument_for(torch.tensor(500.0), like=torch.zeros(1))
 
 
+@pytest.mark.parametrize(
+    "like",
+    [
+        torch.tensor(961),
+        torch.tensor([961]).expand(2),
+        torch.tensor([961, 961]),
+        torch.tensor([961.0]).bfloat16().expand(3, 4),
+        torch.full((4, 3), 961.0).T,
+    ],
+)
+def test_tensors_come_back_as_they_would_be_passed(like: torch.Tensor) -> None:
+    """Also in memory: a worker that was told of the wrong layout has computed in vain."""
+    timestep_map = TimestepMap()
+    timestep_map.observe(torch.tensor(961), like)
+    found = timestep_map.argument_for(torch.tensor(480), like=like)
+    assert isinstance(found, torch.Tensor)
+    assert (found.dtype, found.shape, found.stride()) == (like.dtype, like.shape, like.stride())
+    assert torch.equal(found, torch.full_like(like, 480))
+
+
 def test_numbers_come_back_as_numbers() -> None:
     timestep_map = TimestepMap()
     timestep_map.observe(torch.tensor(981), 981)
@@ -149,13 +169,14 @@ def test_number_of_training_timesteps_is_that_of_the_noise_scheduler() -> None:
 
 
 def test_result_is_a_new_tensor() -> None:
-    """An expanded view would be one number in several places: in-place arithmetic on it raises."""
-    timestep_map, like = TimestepMap(), torch.tensor(981).expand(4)
+    """Denoisers may calculate in place."""
+    timestep_map, like = TimestepMap(), torch.tensor(981).repeat(4)
     timestep_map.observe(torch.tensor(981), like)
     argument = timestep_map.argument_for(torch.tensor(961), like=like)
     assert isinstance(argument, torch.Tensor)
     argument += 1
     assert argument.tolist() == [962] * 4
+    assert like.tolist() == [981] * 4
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from asyncdiff.runtime import remote
 from asyncdiff.runtime.executor import RoundCall
 from asyncdiff.runtime.lookahead import Announcement, announce
 from asyncdiff.schedule import build_schedule
+from asyncdiff.tiny import TINY_PIPELINES, TinyCall
+from asyncdiff.tiny import generate as generate_tiny
 
 NEEDED = {0: ("sample", "timestep", "text"), 1: ("timestep", "text"), 2: ("timestep",)}
 
@@ -137,6 +139,28 @@ def test_a_wrong_guess_changes_nothing_but_time(
         computed = [[device.compute_s > 0 for device in step.devices] for step in steps]
         assert all(map(all, computed[1:-1])), computed
         assert torch.equal(generate(pipe, num_steps=8), undisturbed)
+
+
+@pytest.mark.usefixtures("spawned")
+@pytest.mark.parametrize(
+    "name",
+    ["sd3", "ltx", *(pytest.param(name, marks=pytest.mark.wide) for name in ("flux", "sd21", "sana", "svd"))],
+)
+def test_guesses_come_true(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pipelines that pass the timestep expanded to the batch, as most do, too."""
+    came_true, found = Announcement.came_true, []
+
+    def noted(announcement: Announcement, call: RoundCall) -> bool:
+        found.append(came_true(announcement, call))
+        return found[-1]
+
+    monkeypatch.setattr(Announcement, "came_true", noted)
+    family = TINY_PIPELINES[name]
+    pipe = family.build()
+    with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], num_stages=2):
+        generate_tiny(family, pipe, TinyCall(steps=8))
+    assert found == [True] * len(found)
+    assert len(found) >= 4
 
 
 @pytest.mark.usefixtures("spawned")

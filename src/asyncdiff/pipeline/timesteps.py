@@ -128,7 +128,7 @@ class TimestepMap:
         return [_Form(name, self._functions[name], dtype) for name in names for dtype in dtypes]
 
     def argument_for(self, scheduler_timestep: Number, like: Number) -> Number | None:
-        """The argument at `scheduler_timestep`, of the type, shape, dtype and device of `like`.
+        """The argument at `scheduler_timestep`, of the type, shape, strides, dtype and device of `like`.
 
         `like` is an argument of the same run. None where it is not known: nothing was observed, or forms
         remain that disagree about this timestep; run further steps in order and observe them. Raises
@@ -152,7 +152,10 @@ class TimestepMap:
             return None, False
         if not isinstance(like, torch.Tensor):
             return type(like)(first.item()), is_sure
-        return torch.empty_like(values).copy_(first.reshape(()).expand(values.shape)), is_sure
+        # Pipelines pass a number expanded to the batch, without memory for more than one.
+        span = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+        filled = torch.empty(span, dtype=like.dtype, device=like.device).copy_(first.reshape(()).expand(span))
+        return filled.as_strided(like.shape, like.stride()), is_sure
 
     def refusal(self) -> str:
         """Why stride > 1 and look-ahead are refused: for a ConfigurationError."""
