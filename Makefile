@@ -10,6 +10,7 @@ INCOMPLETE := $(VENV)/.incomplete
 # Two processes, one per core of the smallest machine that the tests are meant for.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 EIGHT := cpu,cpu,cpu,cpu,cpu,cpu,cpu,cpu
+EIGHT_GPUS := cuda:0,cuda:1,cuda:2,cuda:3,cuda:4,cuda:5,cuda:6,cuda:7
 
 .PHONY: help demo test test-all lint types imports tests benchmarks tables clean
 .DELETE_ON_ERROR:
@@ -71,7 +72,7 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python -m asyncdiff.bench.quality.render docs/fidelity.md
 	$(BIN)/asyncdiff plan --arch sd21 --size 512 --dtype bfloat16 --devices $(EIGHT) --profile --guidance-refresh 2,4 \
 		--json docs/benchmarks/plan-sd21.json
-	$(BIN)/asyncdiff plan --arch sdxl --size 1024 --dtype float16 --devices 8 --guidance-refresh 2,4 \
+	$(BIN)/asyncdiff plan --arch sdxl --size 1024 --dtype float16 --devices $(EIGHT_GPUS) --guidance-refresh 2,4 \
 		--json docs/benchmarks/plan-sdxl.json
 	$(BIN)/python -m asyncdiff.bench.choosing docs/choosing.md --plan docs/benchmarks/plan-sd21.json \
 		--plan docs/benchmarks/plan-sdxl.json --fidelity docs/benchmarks/fidelity.json
