@@ -171,12 +171,11 @@ class ControlNetInstallation(Installation):
             state.foreseen, state.is_sure = conditions.foreseen(state.schedule.num_steps)
         return state.foreseen.get(step)
 
-    def _forget_ended_runs(self) -> tuple[int, ...]:
-        ended = super()._forget_ended_runs()
+    def _end_runs(self, ended: tuple[int, ...]) -> None:
+        super()._end_runs(ended)
         self._guesses = {key: guess for key, guess in self._guesses.items() if key[0] not in ended}
         for run in ended:
             self._wrong_guesses.pop(run, None)
-        return ended
 
 
 def _replaced(inputs: Inputs, leaves: dict[str, Any]) -> Inputs:

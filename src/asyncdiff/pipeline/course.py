@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -16,6 +18,9 @@ from asyncdiff.runtime.trend import sampled
 _POINTS = 3
 _MEMORY = 0.5
 _TINY = torch.finfo(torch.float32).tiny
+
+Number = Any
+"""A float, or a tensor with one element, which nobody waits for."""
 
 
 class Course:
@@ -86,66 +91,100 @@ class Curve:
 
     How far they have held is told by the newest point when it comes, by least squares over all points, older
     ones counting less: latents to which a noise scheduler adds noise follow no line, those of a solver of
-    higher order no parabola. A few thousand elements tell it well enough.
+    higher order no parabola. A few thousand elements tell it well enough. It is looked at when something is
+    to be continued, not in the way of a step that others wait for.
     """
 
     def __init__(self, place: float, tensor: torch.Tensor, *, trusts_first_line: bool = True) -> None:
-        self._points = [(place, tensor)]
+        self._points = [_Point(place, tensor)]
+        self._unlearned: tuple[Sequence[_Point], _Point] | None = None
         self._sums: torch.Tensor | None = None
         self._trust = float(trusts_first_line)
 
     def observe(self, place: float, tensor: torch.Tensor) -> None:
         """Note a point. At a place that was noted before (a second evaluation of one step) it takes the
         other's place, and tells nothing about the others."""
-        others = [point for point in self._points if point[0] != place]
+        self._learn()
+        newest = _Point(place, tensor)
+        others = [point for point in self._points if point.place != place]
         if len(others) == len(self._points) > 1:
-            self._learn(place, sampled(tensor).float())
-        self._points = [*others, (place, tensor)][-_POINTS:]
+            self._unlearned = others, newest
+        self._points = [*others, newest][-_POINTS:]
 
-    def _learn(self, place: float, arrived: torch.Tensor) -> None:
-        values = [sampled(tensor).float() for _, tensor in self._points]
-        steps = [
-            torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
-            for weights in self._parts(place)[1:]
-        ]
-        line, bend = steps if len(steps) > 1 else (steps[0], torch.zeros_like(arrived))
-        change = arrived - values[-1]
-        pairs = [(change, line), (line, line), (change, bend), (line, bend), (bend, bend)]
-        sums = torch.stack([(one * other).sum() for one, other in pairs])
-        self._sums = sums if self._sums is None else sums + _MEMORY * self._sums
+    def _learn(self) -> None:
+        if self._unlearned is None:
+            return
+        (points, newest), self._unlearned = self._unlearned, None
+        change = newest.sample - points[-1].sample
+        samples = [point.sample for point in points]
+        ways = [_weighted(weights, samples) for weights in _parts(points, newest.place)[1:]]
+        if len(ways) < 2:
+            ways.append(torch.zeros_like(change))
+        of_all = torch.stack([*ways, change])
+        sums = (of_all[:2, None] * of_all).sum(-1)
+        self._sums = sums if self._sums is None else torch.add(sums, self._sums, alpha=_MEMORY)
 
     def continued(self, place: float) -> torch.Tensor:
         """The input at a place, summed in float32 at least. On a GPU nobody waits for how it is made up."""
         both, bend = self._held()
         weights = [
             sum(part * factor for part, factor in zip(parts, (1.0, both, both * bend), strict=False))
-            for parts in zip(*self._parts(place), strict=True)
+            for parts in zip(*_parts(self._points, place), strict=True)
         ]
-        newest = self._points[-1][1]
+        newest = self._points[-1].tensor
         wide = torch.promote_types(newest.dtype, torch.float32)
-        total = torch.zeros_like(newest, dtype=wide)
-        for weight, (_, tensor) in zip(weights, self._points, strict=True):
-            total += tensor.to(wide) * weight
-        return total.to(newest.dtype)
+        return _weighted(weights, [point.tensor.to(wide) for point in self._points]).to(newest.dtype)
 
-    def _parts(self, place: float) -> list[list[float]]:
-        """The weights of the points in the newest one, in the step of the line beyond it to `place`, and in
-        the bend of the parabola, as far as there are points for them."""
-        places = [each for each, _ in self._points]
-        orders = [_weights(places, order, place) for order in range(len(places))]
-        steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(orders)]
-        return [orders[0], *steps]
-
-    def _held(self) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
+    def _held(self) -> tuple[Number, Number]:
         """What the way along line and bend is multiplied by, and in it the bend, both between 0 and 1."""
+        self._learn()
         if self._sums is None:  # nobody has seen what becomes of a line
             return self._trust, 0.0
-        along_line, line_line, along_bend, line_bend, bend_bend = self._sums
-        bend = ((along_bend - line_bend) / bend_bend.clamp_min(_TINY)).clamp(0.0, 1.0)
+        # Operations on single numbers cost more than those on the points, where nobody has to wait for them.
+        sums = self._sums.tolist() if self._sums.device.type == "cpu" else self._sums
+        (line_line, line_bend, along_line), (_, bend_bend, along_bend) = sums
+        bend = _share(along_bend - line_bend, bend_bend)
         along = along_line + bend * along_bend
         whole = line_line + bend * (2 * line_bend + bend * bend_bend)
-        both = (along / whole.clamp_min(_TINY)).clamp(0.0, 1.0)
-        return (both.item(), bend.item()) if self._sums.device.type == "cpu" else (both, bend)
+        return _share(along, whole), bend
+
+
+@dataclass(frozen=True)
+class _Point:
+    place: float
+    tensor: torch.Tensor
+
+    @cached_property
+    def sample(self) -> torch.Tensor:
+        """Some of its elements, in float32."""
+        return sampled(self.tensor).float()
+
+
+def _share(part: Number, whole: Number) -> Number:
+    """The quotient, between 0 and 1."""
+    if isinstance(whole, torch.Tensor):
+        return (part / whole.clamp_min(_TINY)).clamp(0.0, 1.0)
+    return min(max(part / max(whole, _TINY), 0.0), 1.0)
+
+
+def _weighted(weights: Sequence[Number], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum. Each product is rounded: nothing depends on which elements are computed together."""
+    pairs = zip(weights, tensors, strict=True)
+    first, *others = (
+        tensor * weight for weight, tensor in pairs if isinstance(weight, torch.Tensor) or weight != 0.0
+    )
+    for each in others:
+        first += each
+    return first
+
+
+def _parts(points: Sequence[_Point], place: float) -> list[list[float]]:
+    """The weights of the points in the newest one, in the step of the line beyond it to `place`, and in the
+    bend of the parabola, as far as there are points for them."""
+    places = [point.place for point in points]
+    orders = [_weights(places, order, place) for order in range(len(places))]
+    steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(orders)]
+    return [orders[0], *steps]
 
 
 def _weights(places: list[float], order: int, place: float) -> list[float]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -251,7 +252,7 @@ class Installation:
             self._refuse_gradients(inputs)
             self._decide_groups(inputs)
             call = self._place(inputs)
-            self.groups.end_runs(self._forget_ended_runs())
+            self._end_runs(self._runs.take_ended())
             halves = self._halves(call, inputs)
             if halves is None or halves.shared is None:
                 parts = self._parts(call, inputs)
@@ -396,7 +397,9 @@ class Installation:
             gauged=settings.forecast if settings.tolerance is not None else None,
         )
         round_ = state.schedule.round_of(step)
-        continued = {ahead: state.course.continued(state.place(ahead)) for ahead in steps_ahead(round_)}
+        continued = {
+            ahead: cache(partial(state.course.continued, state.place(ahead))) for ahead in steps_ahead(round_)
+        }
         return RoundCall(info, round_, inputs.tensors(), continued)
 
     def _note_seen(self, call: PlacedCall, pieces: Sequence[Piece]) -> list[Seen] | None:
@@ -681,8 +684,9 @@ class Installation:
                 "steps.",
             )
 
-    def _forget_ended_runs(self) -> tuple[int, ...]:
-        ended = self._runs.take_ended()
+    def _end_runs(self, ended: tuple[int, ...]) -> None:
+        if not ended:
+            return
         self._channels = {key: state for key, state in self._channels.items() if key[0] not in ended}
         self._turns.forget(ended)
         self._guided = {run: guided for run, guided in self._guided.items() if run not in ended}
@@ -690,7 +694,7 @@ class Installation:
             key: memory for key, memory in self._parts_memory.items() if key[0] not in ended
         }
         self._calls = {run: calls for run, calls in self._calls.items() if run not in ended}
-        return ended
+        self.groups.end_runs(ended)
 
     # -- structures ------------------------------------------------------------------------------------------
 

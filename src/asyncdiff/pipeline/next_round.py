@@ -46,7 +46,7 @@ def following_round(
     if step >= state.schedule.num_steps or argument is None or is_on_gpu or other_step_names(inputs.names):
         return None
     later = at_step(call, step)
-    timestep = _timestep(call, later, argument)
+    timestep = state.foreseen[step] if state.is_sure else _timestep(call, later, argument)
     if timestep is None:
         return None
     following = state.schedule.round_of(step)

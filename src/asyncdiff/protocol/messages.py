@@ -156,7 +156,7 @@ class LatentsScale:
 @dataclass(frozen=True)
 class Condition:
     """What replaces the call's own timestep and scale of the latents (None: as in the call) for another
-    `condition_step`."""
+    `condition_step`. `timestep`: a number or a tensor; on its way to a worker perhaps an `InlineInput`."""
 
     timestep: Any
     latents_scale: LatentsScale | None = None

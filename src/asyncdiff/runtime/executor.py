@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,14 +24,15 @@ from asyncdiff.weights import Skeleton
 class RoundCall:
     """One round for all ranks, with every tensor input of the call that starts it.
 
-    `continued`: by step, what stands in for some of them in evaluations with that `latents_step`.
+    `continued`: what stands in for some of them in evaluations with one of these `latents_step`s. It is made
+    when a rank is given it, so a worker that reads the call's own inputs need not wait for it.
     `following`: the round that will come next if all goes as before, with the inputs that are known already.
     """
 
     info: RoundInfo
     round: Round
     tensors: Mapping[str, torch.Tensor]
-    continued: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    continued: Mapping[int, Callable[[], Mapping[str, torch.Tensor]]] = field(default_factory=dict)
     following: RoundCall | None = None
 
     def task(self, rank: int) -> RoundTask:
@@ -41,7 +42,7 @@ class RoundCall:
     def tensors_of(self, rank: int) -> Mapping[str, torch.Tensor]:
         """The tensor inputs that a rank is given: a rank evaluates for one step in a round."""
         steps = {op.latents_step for op in self.round.ops[rank] if isinstance(op, Compute)}
-        replaced = [self.continued[step] for step in steps if step in self.continued]
+        replaced = [self.continued[step]() for step in steps if step in self.continued]
         return {**self.tensors, **replaced[0]} if replaced else self.tensors
 
 

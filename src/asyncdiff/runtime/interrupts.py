@@ -20,18 +20,24 @@ class interrupts_deferred:  # noqa: N801 (used like a function: `with interrupts
     and within another such block.
     """
 
+    _outermost: interrupts_deferred | None = None
+
     def __enter__(self) -> None:
         self._noted: tuple[int, FrameType | None] | None = None
+        self._handler: Any = None
+        # Blocks within a block are many, several a step, and looking the handler up takes microseconds.
+        if interrupts_deferred._outermost is not None or not _in_main_thread():
+            return
         handler = signal.getsignal(signal.SIGINT)
-        is_deferring = isinstance(getattr(handler, "__self__", None), interrupts_deferred)
-        is_needed = callable(handler) and not is_deferring
-        self._handler: Any = handler if is_needed and _in_main_thread() else None
-        if self._handler is not None:
+        if callable(handler):
+            self._handler = handler
             signal.signal(signal.SIGINT, self._note)
+            interrupts_deferred._outermost = self
 
     def __exit__(self, *exc: object) -> None:
         if self._handler is None:
             return
+        interrupts_deferred._outermost = None
         signal.signal(signal.SIGINT, self._handler)
         if self._noted is not None:
             self._handler(*self._noted)

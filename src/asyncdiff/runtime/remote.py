@@ -23,6 +23,7 @@ from asyncdiff.protocol.messages import (
     AbortRun,
     CloseSession,
     Collect,
+    Condition,
     InlineInput,
     InputItem,
     InstallSkeleton,
@@ -32,6 +33,7 @@ from asyncdiff.protocol.messages import (
     PrepareStage,
     ReceiveWeights,
     ReturnWeights,
+    RoundInfo,
     RoundMessage,
     TransferredInput,
     WorkerReport,
@@ -344,10 +346,11 @@ class RemoteExecutor:
                     if call.round.ops[rank] and rank not in told:
                         self._dispatch(rank, connection, call)
                 self._ended = ()
-                interpreter.post(call.task(0))
+                task = call.task(0)
+                interpreter.post(task)
                 if call.following is not None:
                     self._announce(call.following)
-            interpreter.compute(call.task(0))
+            interpreter.compute(task)
 
     def end_runs(self, runs: tuple[int, ...]) -> None:
         """The workers hear of it with the next round, but a failure in what is left of them is of no
@@ -413,7 +416,7 @@ class RemoteExecutor:
         connection.send(
             RoundMessage(
                 session=self._session,
-                info=call.info,
+                info=self._with_inline_timesteps(call.info),
                 ops=call.round.ops[rank],
                 inputs=tuple(items),
                 ended_runs=self._ended,
@@ -429,6 +432,17 @@ class RemoteExecutor:
             else:
                 self._late.append(_LateInput(rank, item.name, item.spec, tensor))
                 delivery.tell(functools.partial(self._send_late_of, call.info.run))
+
+    def _with_inline_timesteps(self, info: RoundInfo) -> RoundInfo:
+        def sent(condition: Condition) -> Condition:
+            timestep = condition.timestep
+            if not isinstance(timestep, torch.Tensor) or not self._fits_in_message(timestep):
+                return condition
+            inline = InlineInput(str(info.timestep_name), tensor_spec(timestep), bytes_of(timestep))
+            return replace(condition, timestep=inline)
+
+        conditions = {step: sent(condition) for step, condition in info.conditions.items()}
+        return replace(info, conditions=conditions) if conditions else info
 
     def _await_inputs(self, call: RoundCall) -> None:
         """Wait for those inputs of the workers that are still being computed."""

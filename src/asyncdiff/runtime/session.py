@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from asyncdiff.graph import TensorSpec
 from asyncdiff.protocol.messages import (
     Collect,
+    Condition,
     Failure,
     InlineInput,
     InstallSkeleton,
@@ -221,9 +223,10 @@ class WorkerSession:
                 else:
                     arriving[item.name] = pending
         held.update({name: pending.wait() for name, pending in arriving.items()})
-        return RoundTask(
-            message.info, message.ops, tensors={item.name: held[item.name] for item in message.inputs}
+        info = replace(
+            message.info, conditions={step: _received(each) for step, each in message.info.conditions.items()}
         )
+        return RoundTask(info, message.ops, tensors={item.name: held[item.name] for item in message.inputs})
 
     def _await_abort(self, run: int) -> None:
         with self._abort_noted:
@@ -248,6 +251,13 @@ class WorkerSession:
             step=step,
             run=run,
         )
+
+
+def _received(condition: Condition) -> Condition:
+    timestep = condition.timestep
+    if not isinstance(timestep, InlineInput):
+        return condition
+    return replace(condition, timestep=tensor_of(timestep.spec, timestep.data))
 
 
 def _awaited(pending: Pending, spec: TensorSpec, device: torch.device) -> torch.Tensor:

@@ -110,9 +110,11 @@ class _Peer:
         self._expected: dict[int, deque[_SharedPending]] = {stream: deque() for stream in Stream}
 
     def send(self, stream: Stream, flat: torch.Tensor) -> None:
-        self.pump()
         self._num_sent += 1
         number = self._free_slot(flat.nbytes)
+        if number is None:
+            self.pump()  # some may have come back
+            number = self._free_slot(flat.nbytes)
         if number is None:
             number, descriptor = self._add_slot(flat.nbytes)
             descriptors = [descriptor]
@@ -240,6 +242,8 @@ class _Peer:
 
     def _return_slots(self) -> None:
         """Tell the peer which of its slots nobody here reads any more."""
+        if not self._released:
+            return
         with interrupts_deferred():
             while self._released:
                 self._tell(_RETURNED, 0, self._released.popleft(), 0)
