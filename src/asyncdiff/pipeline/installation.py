@@ -365,7 +365,7 @@ class Installation:
         else:
             next_one = None
         return [
-            replace(round_, following=later)
+            round_ if later is None else replace(round_, following=later)
             for round_, later in zip(rounds, [*following, next_one], strict=True)
         ]
 

@@ -191,7 +191,10 @@ class _Peer:
         header = _HEADER.pack(what, stream, number, size)
         while True:
             try:
-                socket.send_fds(self._socket, [header], descriptors)
+                if descriptors:
+                    socket.send_fds(self._socket, [header], descriptors)
+                else:
+                    self._socket.send(header)
             except BlockingIOError:
                 readable, _, _ = select.select([self._socket], [self._socket], [], WATCH_INTERVAL_S)
                 if readable:

@@ -141,19 +141,10 @@ def flatten_inputs(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: M
     Positional arguments become keywords, a `**kwargs` catch-all is flattened in. TypeError if the call does
     not fit the signature; `UnsupportedDenoiserError` if it uses `*args` or has no tensor.
     """
-    signature = _signature_without_self(forward)
-    bound = signature.bind(*args, **kwargs)
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            raise UnsupportedDenoiserError(
-                f"The denoiser's forward takes `{name}` by position only; every argument must have a name."
-            )
-        else:
-            named[name] = value
+    # Kept for functions: to read and bind a signature takes 0.3 ms, and this is done at every call.
+    bind = _bound_once if inspect.isfunction(forward) else _bound
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    named = {name: given[key] for name, key in bind(forward, len(args), tuple(kwargs)).items()}
     names, leaves, structure = tree_flatten_named(named)
     inputs = Inputs(tuple(names), tuple(leaves), structure)
     inputs.latents  # noqa: B018  # refuses a call without tensors here, not later
@@ -167,20 +158,33 @@ def is_free_number(name: str, leaf: Any) -> bool:
     return isinstance(leaf, float) or (isinstance(leaf, int) and name in TIMESTEP_NAMES)
 
 
+def _bound(forward: Callable[..., Any], num_args: int, keywords: tuple[str, ...]) -> dict[str, int | str]:
+    """Name of every argument of such a call -> its position or keyword, in the order of the signature."""
+    signature = _signature_without_self(forward)
+    bound = signature.bind(*range(num_args), **{keyword: keyword for keyword in keywords})
+    named: dict[str, int | str] = {}
+    for name, key in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(key)
+        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise UnsupportedDenoiserError(
+                f"The denoiser's forward takes `{name}` by position only; every argument must have a name."
+            )
+        else:
+            named[name] = key
+    return named
+
+
+_bound_once = lru_cache(maxsize=64)(_bound)
+
+
 def _signature_without_self(forward: Callable[..., Any]) -> inspect.Signature:
-    """Kept for functions: reading one takes 0.2 ms, and this is done at every call."""
-    return _kept_signature(forward) if inspect.isfunction(forward) else _read_signature(forward)
-
-
-def _read_signature(forward: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     if parameters and parameters[0].name == "self" and not inspect.ismethod(forward):
         parameters = parameters[1:]
     return signature.replace(parameters=parameters)
-
-
-_kept_signature = lru_cache(maxsize=64)(_read_signature)
 
 
 def _leaf_key(name: str, leaf: Any) -> Hashable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 
@@ -38,8 +39,7 @@ def dense_spec(spec: TensorSpec) -> TensorSpec:
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """The elements of a CPU tensor in logical (row-major) order."""
     dense = tensor.detach().contiguous()
-    # Not `view(-1)`: a single element that was expanded (a timestep, for a batch of one) keeps its stride 0.
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
+    return ctypes.string_at(dense.data_ptr(), dense.nbytes)  # numpy has no bfloat16
 
 
 def tensor_of(spec: TensorSpec, data: bytes) -> torch.Tensor:
