@@ -77,7 +77,8 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python -m asyncdiff.bench.choosing docs/choosing.md --plan docs/benchmarks/plan-sd21.json \
 		--plan docs/benchmarks/plan-sdxl.json --fidelity docs/benchmarks/fidelity.json
 	$(BIN)/python -m asyncdiff.bench.readme README.md --demo docs/benchmarks/demo.json \
-		--step docs/benchmarks/step-sd21.json
+		--step docs/benchmarks/step-sd21.json --step docs/benchmarks/step-sd21-split.json \
+		--step docs/benchmarks/step-sd21-refresh.json --run docs/benchmarks/prediction-sd21-refresh.json
 
 # Where real denoisers would be cut, counted on fake tensors: some minutes, no weights, no network.
 tables: $(INSTALLED)

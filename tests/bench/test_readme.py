@@ -19,11 +19,28 @@ STEP = {
     "all_threads_ratio": 1.89,
     "bytes_per_step": 3_250_000,
     "devices": ["cpu", "cpu"],
+    "arch": "sd21",
+    "size": 256,
+    "dtype": "bfloat16",
+    "num_stages": 2,
+    "groups": 1,
+    "guidance_refresh": 1,
+}
+RUN = {
+    **{name: STEP[name] for name in ("arch", "size", "dtype", "devices")},
+    "guidance_refresh": 4,
+    "steps": 50,
+    "repetitions": [
+        {"measured_in_order_s": 90.0, "measured_s": 31.0, "predicted_s": 29.0},
+        {"measured_in_order_s": 93.0, "measured_s": 30.0, "predicted_s": 28.0},
+        {"measured_in_order_s": 91.0, "measured_s": 33.0, "predicted_s": 30.0},
+    ],
+    "speedup": 3.05,
 }
 
 
 def test_table_holds_the_figures_and_the_machine() -> None:
-    table = measured_table(DEMO, {**STEP, "environment": describe_environment()})
+    table = measured_table(DEMO, [{**STEP, "environment": describe_environment()}])
     for figure in (
         "4.00",
         "2.00",
@@ -37,6 +54,20 @@ def test_table_holds_the_figures_and_the_machine() -> None:
         "torch 2.",
     ):
         assert figure in table
+
+
+def test_table_has_a_row_for_every_way() -> None:
+    step = {**STEP, "environment": describe_environment()}
+    split = {**step, "num_stages": 1, "groups": 2}
+    refreshed = {**step, "num_stages": 1, "guidance_refresh": 2, "devices": ["cpu"]}
+    *_, two_stages, halves, alone, run, _, _ = measured_table(DEMO, [step, split, refreshed], [RUN]).split(
+        "\n"
+    )
+    assert "sd21, 256 px, bfloat16 on cpu, cpu: 2 stages, milliseconds" in two_stages
+    assert "guidance split (exact), milliseconds" in halves
+    assert "on cpu: guidance refreshed every 2 steps, milliseconds" in alone
+    assert "threads" not in alone
+    assert "2 stages, guidance refreshed every 4 steps, seconds of 50 steps | 91 | 31 | **3.05x**, 29 " in run
 
 
 def test_readme_has_the_markers_and_only_what_is_between_them_changes() -> None:
