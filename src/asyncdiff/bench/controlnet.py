@@ -1,8 +1,7 @@
 """What a device for the ControlNet brings, over leaving it in the driver before the denoiser.
 
 Per repetition the blocks and the ControlNet are timed and the machine's ceiling is measured, from which steps
-are predicted for up to three devices; then the ways for two devices are run in turn, with the denoiser on the
-one and the ControlNet on the other.
+are predicted for up to three devices; then the ways for one and two devices are run in turn.
 
 python -m asyncdiff.bench.controlnet --arch controlnet-sdxl --size 256 --dtype bfloat16
 """
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from asyncdiff.bench.workload import Subject
     from asyncdiff.graph import BlockKey
     from asyncdiff.pipeline.examination import Examination
-    from asyncdiff.planner import ControlNetCost
+    from asyncdiff.planner import ControlNetCost, Plan
     from asyncdiff.simulation import Machine
 
 _WARMUP_STEPS = 1
@@ -62,7 +61,7 @@ WAYS = (
     Way(2, 1, "overlap"), Way(2, 1, "ahead"), Way(1, 2, "overlap"), Way(1, 2, "ahead"),
 )  # fmt: skip
 _HEADS = ["denoiser", "devices", "predicted", "over 1", "over serial", "measured", "over 1"]
-MEASURED = tuple(way for way in WAYS if way.num_stages * way.groups == 1)
+MEASURED = tuple(way for way in WAYS if way.num_devices <= 2)
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,8 @@ def _repeat(
     costs = _profile(subject, threads)
     busy_speed = _busy_speed(subject, neighbour, threads)
     predicted_ms = {}
-    for way in WAYS:
-        if way.groups > 1 and costs.half is None:
-            continue
+    possible = [way for way in WAYS if way.groups == 1 or costs.half is not None]
+    for way in possible:
         machine = Machine(
             (1.0,) * way.num_devices,
             latency_s=max(link.latency_s for link in links),
@@ -212,7 +210,11 @@ def _repeat(
             busy_speed=busy_speed if way.num_devices > 1 else 1.0,
         )
         predicted_ms[way.title] = 1e3 * _steady(costs.predict(way, machine, steps))
-    measured_ms = {way.title: 1e3 * _steady(_run(subject, way, devices, threads, steps)) for way in MEASURED}
+    measured_ms = {
+        way.title: 1e3 * _steady(_run(subject, way, costs.plan(way, devices), devices, threads, steps))
+        for way in possible
+        if way in MEASURED
+    }
     made = Repetition(
         denoiser_ms=1e3 * costs.whole.seconds,
         read_after_ms=1e3 * costs.whole.controlnet.read_after_seconds,
@@ -248,23 +250,32 @@ class _Costs:
 
     def predict(self, way: Way, machine: Machine, num_steps: int) -> tuple[float, ...]:
         """Seconds of each step."""
-        from asyncdiff.config import Settings
         from asyncdiff.planner import simulate, step_seconds
 
-        of = self.whole if way.groups == 1 else self.half
-        assert of is not None
-        is_serial = way.controlnet == "serial"
-        settings = Settings(way.num_stages, warmup_steps=_WARMUP_STEPS, groups=way.groups)
-        plan = of.examination.plan_with(
-            settings,
-            ["cpu"] * settings.num_workers,
-            seconds=of.block_seconds,
-            driver_seconds=self.driver_seconds + (of.controlnet.seconds if is_serial else 0.0),
-        )
-        if is_serial:
+        plan = self.plan(way, ["cpu"] * way.num_stages * way.groups)
+        if way.controlnet == "serial":
             return simulate(plan, machine, num_steps=num_steps).step_seconds
         ahead = way.controlnet == "ahead"
-        return step_seconds(plan, machine, of.controlnet, ahead=ahead, num_steps=num_steps)
+        return step_seconds(plan, machine, self._of(way).controlnet, ahead=ahead, num_steps=num_steps)
+
+    def plan(self, way: Way, devices: Sequence[str]) -> Plan:
+        """How the denoiser is divided, on as many of the devices as it takes."""
+        from asyncdiff.config import Settings
+
+        of = self._of(way)
+        settings = Settings(way.num_stages, warmup_steps=_WARMUP_STEPS, groups=way.groups)
+        in_driver_s = of.controlnet.seconds if way.controlnet == "serial" else 0.0
+        return of.examination.plan_with(
+            settings,
+            devices[: settings.num_workers],
+            seconds=of.block_seconds,
+            driver_seconds=self.driver_seconds + in_driver_s,
+        )
+
+    def _of(self, way: Way) -> _Profiled:
+        of = self.whole if way.groups == 1 else self.half
+        assert of is not None
+        return of
 
 
 def _profile(subject: Subject, threads: int | None) -> _Costs:
@@ -307,23 +318,16 @@ def _busy_speed(subject: Subject, neighbour: WholeModelProcess, threads: int | N
 
 
 def _run(
-    subject: Subject, way: Way, devices: Sequence[str], threads: int | None, steps: int
+    subject: Subject, way: Way, plan: Plan, devices: Sequence[str], threads: int | None, steps: int
 ) -> tuple[float, ...]:
-    """Measured seconds of each step."""
+    """Measured seconds of each step. `plan`: of the denoiser."""
     import asyncdiff
     from asyncdiff.bench.threads import intra_op_threads
     from asyncdiff.bench.workload import run_timed
 
     with ExitStack() as stack:
-        if way.controlnet != "serial":
-            handle = asyncdiff.parallelize(
-                subject.pipe,
-                list(devices),
-                num_stages=way.num_stages,
-                guidance="together",
-                controlnet=way.controlnet,
-                warmup_steps=_WARMUP_STEPS,
-            )
+        if way.num_devices > 1:
+            handle = asyncdiff.parallelize(subject.pipe, list(devices), plan=plan, controlnet=way.controlnet)
             stack.enter_context(handle)
         stack.enter_context(intra_op_threads(threads))
         run_timed(subject, _UNTIMED_STEPS)
