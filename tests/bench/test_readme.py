@@ -60,9 +60,8 @@ def test_table_has_a_row_for_every_way() -> None:
     step = {**STEP, "environment": describe_environment()}
     split = {**step, "num_stages": 1, "groups": 2}
     refreshed = {**step, "num_stages": 1, "guidance_refresh": 2, "devices": ["cpu"]}
-    *_, two_stages, halves, alone, run, _, _ = measured_table(DEMO, [step, split, refreshed], [RUN]).split(
-        "\n"
-    )
+    table = measured_table(DEMO, [step, split, refreshed], [RUN])
+    *_, two_stages, halves, alone, run, _, _ = table.splitlines()
     assert "sd21, 256 px, bfloat16 on cpu, cpu: 2 stages, milliseconds" in two_stages
     assert "guidance split (exact), milliseconds" in halves
     assert "on cpu: guidance refreshed every 2 steps, milliseconds" in alone

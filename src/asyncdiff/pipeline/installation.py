@@ -252,7 +252,8 @@ class Installation:
             self._refuse_gradients(inputs)
             self._decide_groups(inputs)
             call = self._place(inputs)
-            self._end_runs(self._runs.take_ended())
+            if ended := self._runs.take_ended():
+                self._end_runs(ended)
             halves = self._halves(call, inputs)
             if halves is None or halves.shared is None:
                 parts = self._parts(call, inputs)
@@ -685,8 +686,6 @@ class Installation:
             )
 
     def _end_runs(self, ended: tuple[int, ...]) -> None:
-        if not ended:
-            return
         self._channels = {key: state for key, state in self._channels.items() if key[0] not in ended}
         self._turns.forget(ended)
         self._guided = {run: guided for run, guided in self._guided.items() if run not in ended}

@@ -438,8 +438,7 @@ class RemoteExecutor:
             timestep = condition.timestep
             if not isinstance(timestep, torch.Tensor) or not self._fits_in_message(timestep):
                 return condition
-            inline = InlineInput(str(info.timestep_name), tensor_spec(timestep), bytes_of(timestep))
-            return replace(condition, timestep=inline)
+            return replace(condition, timestep=_inline(str(info.timestep_name), timestep))
 
         conditions = {step: sent(condition) for step, condition in info.conditions.items()}
         return replace(info, conditions=conditions) if conditions else info
@@ -493,7 +492,7 @@ class RemoteExecutor:
             elif open_delivery(tensor) is not None:
                 yield TransferredInput(name, dense_spec(tensor_spec(tensor)), is_late=True)
             elif self._fits_in_message(tensor):
-                yield InlineInput(name, tensor_spec(tensor), bytes_of(tensor))
+                yield _inline(name, tensor)
             else:
                 yield TransferredInput(name, tensor_spec(tensor))
             last[name] = (tensor, version_of(tensor))
@@ -847,6 +846,10 @@ class RemoteExecutor:
             )
             for rank, number in numbers.items()
         }
+
+
+def _inline(name: str, tensor: torch.Tensor) -> InlineInput:
+    return InlineInput(name, tensor_spec(tensor), bytes_of(tensor))
 
 
 def _at_our_clock(report: WorkerReport, connection: WorkerConnection) -> WorkerReport:
