@@ -45,6 +45,7 @@ from asyncdiff.profile import relative_speeds
 from asyncdiff.runtime.groups import Groups
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.runtime.remote import RemoteExecutor, Workers
+from asyncdiff.stage import BlockExecution
 from asyncdiff.trace import flatten_inputs
 from asyncdiff.weights import Unloaded, dump_skeleton, free_tensors, named_tensors, read_unloaded
 
@@ -69,6 +70,7 @@ def parallelize(
     plan: Plan | Mapping[str, Plan] | None = None,
     runtime: str = "auto",
     compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> Handle:
     """Divide the pipeline's denoiser, or each of several, over devices; `pipe(...)` is called as before.
 
@@ -90,7 +92,8 @@ def parallelize(
     None to choose the kind by speed, weights per device and traffic. `plan`: a saved or edited plan,
     which then settles all of this but the runtime; for several denoisers of different architectures one
     for each by name, as `handle.plans`. `compile`: every device compiles its own blocks
-    (`torch.compile`), unless they are compiled already. `controlnet`:
+    (`torch.compile`), unless they are compiled already. `cuda_graphs`: every device captures its own
+    blocks at their third call and replays them from then on, on CUDA devices. `controlnet`:
     "serial", in this process before the denoiser; "overlap" gives the last device to the pipeline's
     ControlNets, which compute while that part of the denoiser does which reads nothing of what they return,
     exactly; "ahead" has them compute every step after warm-up before its call, on latents continued
@@ -114,6 +117,7 @@ def parallelize(
         plan,
         runtime,
         compile,
+        cuda_graphs,
     )
     return divide(pipe, denoisers, device_of(denoisers.values()), devices, wish)
 
@@ -136,6 +140,7 @@ class Wish:
     plan: Plan | Mapping[str, Plan] | None = None
     runtime: str = "auto"
     compile: bool = False
+    cuda_graphs: bool = False
 
     @property
     def guidance_of_devices(self) -> str:
@@ -184,6 +189,7 @@ def divide(
         partitions = dict.fromkeys(denoisers, wish.partition)
     for name, denoiser in denoisers.items():
         check_partition(partitions[name], settings, denoiser)
+    execution = _execution(placement, wish)
     controlnet = None
     if wish.controlnet != "serial":
         controlnet = controlnet_of(pipe, tuple(denoisers.values()))
@@ -191,7 +197,7 @@ def divide(
     threads = given.threads_per_device if plans else placement.threads_per_device
     if placement.runtime == "torchrun" and torchrun_rank() > 0:
         _let_go_of_weights(pipe)
-    started = _start(placement, threads, denoisers, unloaded or {}, wish.compile)
+    started = _start(placement, threads, denoisers, unloaded or {}, execution)
     with ExitStack() as undo:
         undo.callback(started.close_workers)
         installations = []
@@ -245,6 +251,15 @@ def divide(
         assert isinstance(entry, DenoiserEntry)
         entry.handle = handle
     return handle
+
+
+def _execution(placement: Placement, wish: Wish) -> BlockExecution:
+    others = [name for name in placement.all_devices if torch.device(name).type != "cuda"]
+    if wish.cuda_graphs and others:
+        raise ConfigurationError(
+            f"cuda_graphs=True: {others[0]!r} is not a CUDA device. Leave it out, or use CUDA devices only."
+        )
+    return BlockExecution(wish.compile, wish.cuda_graphs)
 
 
 def _settings(placement: Placement, wish: Wish) -> Settings:
@@ -493,7 +508,7 @@ def _start(
     threads: int | None,
     denoisers: Mapping[str, nn.Module],
     unloaded: Mapping[str, Unloaded],
-    compile_blocks: bool,
+    execution: BlockExecution,
 ) -> _Started:
     if placement.runtime == "local":
         device = torch.device(placement.devices[0])
@@ -501,10 +516,10 @@ def _start(
             read_unloaded(denoisers[name], weights, device)
 
         def open_local(name: str, count: int) -> Groups:
-            return Groups([LocalExecutor(device, compile_blocks=compile_blocks) for _ in range(count)])
+            return Groups([LocalExecutor(device, execution=execution) for _ in range(count)])
 
         def open_local_controlnet(controlnet: nn.Module) -> Groups:
-            executor = LocalExecutor(device, compile_blocks=compile_blocks)
+            executor = LocalExecutor(device, execution=execution)
             return Groups([executor], driver_computes=False)
 
         return _Started(open_local, open_local_controlnet, placement.devices, threading.RLock())
@@ -528,7 +543,7 @@ def _start(
             host=host,
             preload=(type(module).__module__,),
             unloaded=unloaded,
-            compile_blocks=compile_blocks,
+            execution=execution,
         )
 
     def open_groups(name: str, count: int) -> Groups:

@@ -73,13 +73,13 @@ class JoinTransport:
 class InstallSkeleton:
     """Rebuild the denoiser. `rank_stages[r]`: the stage of rank r (the driver may have none).
     `keeps_weights`: tensors already held are kept by name; else the driver has taken them back.
-    `compile_blocks`: run the stage's blocks compiled."""
+    `execution`: how stages run their blocks."""
 
     session: int
     skeleton: Any
     rank_stages: tuple[int | None, ...]
     keeps_weights: bool
-    compile_blocks: bool = False
+    execution: Any
 
 
 @dataclass(frozen=True)

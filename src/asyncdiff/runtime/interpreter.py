@@ -207,7 +207,7 @@ class StageInterpreter:
                     self._pay(rank, parcel, tensor, clock)
 
         tensors, floats = _conditioned(task, first)
-        if self._replica.is_compiled:  # compiled blocks take plain tensors only
+        if self._replica.takes_plain_tensors:
             tensors = {name: arrived(tensor) for name, tensor in tensors.items()}
         with clock.measure(f"stage {self.stage} step {first.step}", "compute"):
             output = self._replica.run(task.info.key, tensors, floats, read, emit)

@@ -16,16 +16,16 @@ from asyncdiff.protocol.messages import WorkerReport
 from asyncdiff.runtime.executor import RoundCall, process_report, refuse_aborted
 from asyncdiff.runtime.interpreter import RoundTask, StageInterpreter
 from asyncdiff.runtime.link import Parcel, Pending
-from asyncdiff.stage import StageReplica, StageSpec
+from asyncdiff.stage import AS_THEY_ARE, BlockExecution, StageReplica, StageSpec
 from asyncdiff.weights import Skeleton, load_skeleton, named_tensors
 
 
 class LocalExecutor:
     """Interprets all ranks; waiting for what a rank has not sent yet runs that rank first."""
 
-    def __init__(self, device: torch.device, *, compile_blocks: bool = False) -> None:
+    def __init__(self, device: torch.device, *, execution: BlockExecution = AS_THEY_ARE) -> None:
         self._device = device
-        self._compile_blocks = compile_blocks
+        self._execution = execution
         self._rank_stages: tuple[int | None, ...] = ()
         self._interpreters: list[StageInterpreter] = []
         self._replicas: dict[int, StageReplica] = {}
@@ -46,7 +46,7 @@ class LocalExecutor:
         tensors = dict(named_tensors(module))
         self._replicas = {
             stage: StageReplica(
-                load_skeleton(skeleton, tensors), device=self._device, compile_blocks=self._compile_blocks
+                load_skeleton(skeleton, tensors), device=self._device, execution=self._execution
             )
             for stage in sorted(stage for stage in set(rank_stages) if stage is not None)
         }

@@ -47,7 +47,7 @@ from asyncdiff.runtime.link import Parcel, Stream
 from asyncdiff.runtime.lookahead import Announcement, announce, version_of
 from asyncdiff.runtime.session import STORE_TIMEOUT
 from asyncdiff.runtime.transport import Transport, choose_backend, open_transport
-from asyncdiff.stage import StageReplica, StageSpec
+from asyncdiff.stage import AS_THEY_ARE, BlockExecution, StageReplica, StageSpec
 from asyncdiff.weights import (
     Skeleton,
     Unloaded,
@@ -124,11 +124,11 @@ class RemoteExecutor:
         host: str = "127.0.0.1",
         preload: tuple[str, ...] = (),
         unloaded: Unloaded | None = None,
-        compile_blocks: bool = False,
+        execution: BlockExecution = AS_THEY_ARE,
     ) -> None:
         self._workers = workers
         self._numbers = (0, *(range(1, len(devices)) if members is None else members))
-        self._compile_blocks = compile_blocks
+        self._execution = execution
         self._unloaded = unloaded
         self._rank_stages: tuple[int | None, ...] = ()
         self._devices = devices
@@ -248,7 +248,7 @@ class RemoteExecutor:
             skeleton,
             rank_stages,
             keeps_weights=bool(self._held),
-            compile_blocks=self._compile_blocks,
+            execution=self._execution,
         )
         numbers = self._request({rank: message for rank, _ in self._connections()})
         self._await_replies(numbers, "waiting for it to rebuild the denoiser")
@@ -272,9 +272,7 @@ class RemoteExecutor:
         own = {name: tensor for name, tensor in named_tensors(module) if name in self._held[0]}
         free_tensors(module, [name for name in skeleton.specs if name not in own])
         self._replica_module = load_skeleton(skeleton, own, self._device)
-        self._replica = StageReplica(
-            self._replica_module, device=self._device, compile_blocks=self._compile_blocks
-        )
+        self._replica = StageReplica(self._replica_module, device=self._device, execution=self._execution)
 
     def _ship(self, module: nn.Module, held: Mapping[int, Collection[str]]) -> None:
         tensors = {name: undressed(tensor) for name, tensor in named_tensors(module)}

@@ -149,7 +149,7 @@ class WorkerSession:
         self._preloading.join()
         skeleton: Skeleton = message.skeleton
         self._module = load_skeleton(skeleton, held, self._device)
-        self._replica = StageReplica(self._module, device=self._device, compile_blocks=message.compile_blocks)
+        self._replica = StageReplica(self._module, device=self._device, execution=message.execution)
         assert self._transport is not None
         self._interpreter = StageInterpreter(
             self._opening.rank, message.rank_stages, self._replica, self._transport, self._device

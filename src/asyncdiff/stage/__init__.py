@@ -4,7 +4,15 @@
 """
 
 from asyncdiff.stage.planning import output_spec, stage_spec
-from asyncdiff.stage.replica import StageReplica
+from asyncdiff.stage.replica import AS_THEY_ARE, BlockExecution, StageReplica
 from asyncdiff.stage.spec import OutputSpec, StageSpec
 
-__all__ = ["OutputSpec", "StageReplica", "StageSpec", "output_spec", "stage_spec"]
+__all__ = [
+    "AS_THEY_ARE",
+    "BlockExecution",
+    "OutputSpec",
+    "StageReplica",
+    "StageSpec",
+    "output_spec",
+    "stage_spec",
+]

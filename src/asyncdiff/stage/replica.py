@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from asyncdiff.graph import Atom, TensorSpec
 from asyncdiff.stage.compiled import compile_again, compile_block
+from asyncdiff.stage.graphed import CudaCapture, GraphedForward
 from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Own, Received, Run, StageSpec, Stub
 from asyncdiff.trace.tensors import MakePlaceholder, zero_placeholder
 from asyncdiff.trace.torch_private import tree_flatten, tree_unflatten
@@ -22,13 +23,24 @@ ReadLeaf = Callable[[int, Atom, torch.Tensor | None], torch.Tensor]
 EmitLeaf = Callable[[Atom, torch.Tensor], None]
 
 
+@dataclass(frozen=True)
+class BlockExecution:
+    """How a stage runs its own blocks: `compiled` by `torch.compile`, captured and replayed as `cuda_graphs`,
+    both, or as they are."""
+
+    compiled: bool = False
+    cuda_graphs: bool = False
+
+
+AS_THEY_ARE = BlockExecution()
+
+
 class StageReplica:
     """Takes ownership of a copy of the denoiser that holds one stage's weights (foreign ones may be on meta).
 
     Nothing happens until `prepare`; `remove` takes every stub out again. `device` is where placeholders and
     placeholder inputs are made. `forward` is the denoiser's own forward where `module.forward` has been
-    replaced. `buffer` makes the memory for leaves that are filled in later. `compile_blocks`: run the stage's
-    own blocks through `torch.compile`.
+    replaced. `buffer` makes the memory for leaves that are filled in later.
     """
 
     def __init__(
@@ -39,7 +51,7 @@ class StageReplica:
         forward: Callable[..., Any] | None = None,
         placeholder: MakePlaceholder = zero_placeholder,
         buffer: MakePlaceholder = empty_tensor,
-        compile_blocks: bool = False,
+        execution: BlockExecution = AS_THEY_ARE,
     ) -> None:
         self.module = module
         self.device = torch.device(device)
@@ -47,7 +59,9 @@ class StageReplica:
         self._specs: dict[Hashable, StageSpec] = {}
         self._stubs: dict[str, StubForward] = {}
         self._compiled = compile_again(module)
-        self._compile_blocks = compile_blocks
+        self._graphed: dict[str, GraphedForward] = {}
+        self._execution = execution
+        self._capture = CudaCapture(self.device)
         self._pass = _Pass(_PlaceholderPool(self.device, placeholder), buffer)
 
     def prepare(self, key: Hashable, spec: StageSpec) -> None:
@@ -55,31 +69,48 @@ class StageReplica:
         side."""
         self.discard(key)
         self._specs[key] = spec
-        if self._compile_blocks:
+        if self._execution.compiled:
             self._compile(spec)
+        if self._execution.cuda_graphs:
+            self._graph(spec)
         for path, actions in spec.actions:
-            if all(map(_is_plain, actions)) and self._is_within_compiled(path):
+            if all(map(_is_plain, actions)) and self._is_within_whole(path):
                 continue
             if path not in self._stubs:
                 self._stubs[path] = _install(self.module.get_submodule(path), path, self._pass)
             self._stubs[path].actions[key] = actions
         for path, compiled in self._compiled.items():
-            compiled.is_cut = any(stub.startswith(path + ".") for stub in self._stubs)
+            compiled.is_cut = self._is_cut(path)
+        for path, graphed in self._graphed.items():
+            graphed.is_cut = self._is_cut(path)
 
     def _compile(self, spec: StageSpec) -> None:
-        """The largest modules that run as a whole on this stage, unless they, what they are in or what is in
-        them is compiled already."""
+        """The stage's own modules, unless they, what they are in or what is in them is compiled already."""
+        for path in self._own_modules(spec, self._compiled):
+            self._compiled[path] = compile_block(self.module.get_submodule(path))
+
+    def _graph(self, spec: StageSpec) -> None:
+        """The stage's own modules, compiled or not."""
+        for path in self._own_modules(spec, self._graphed):
+            module = self.module.get_submodule(path)
+            self._graphed[path] = GraphedForward(module, self.device, self._capture)
+            vars(module)["forward"] = self._graphed[path]
+
+    def _own_modules(self, spec: StageSpec, taken: Collection[str]) -> Iterator[str]:
+        """The largest that run as a whole on this stage, but for those that have to do with one in `taken`,
+        which may grow meanwhile."""
         acting = {path for path, actions in spec.actions if not all(map(_is_plain, actions))}
         for path, actions in spec.actions:
             if any(isinstance(action, Own) for action in actions):
                 largest = path if path in acting else _largest_without(acting, path, self.module)
-                if not any(
-                    _contains(largest, other) or _contains(other, largest) for other in self._compiled
-                ):
-                    self._compiled[largest] = compile_block(self.module.get_submodule(largest))
+                if not any(_contains(largest, other) or _contains(other, largest) for other in taken):
+                    yield largest
 
-    def _is_within_compiled(self, path: str) -> bool:
-        return any(_contains(compiled, path) and compiled != path for compiled in self._compiled)
+    def _is_within_whole(self, path: str) -> bool:
+        return any(_contains(whole, path) and whole != path for whole in (*self._compiled, *self._graphed))
+
+    def _is_cut(self, path: str) -> bool:
+        return any(stub.startswith(path + ".") for stub in self._stubs)
 
     def discard(self, key: Hashable) -> None:
         """Forgets one input structure; nothing happens if it is not there."""
@@ -89,9 +120,9 @@ class StageReplica:
             stub.actions.pop(key, None)
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether any of its blocks run through `torch.compile`."""
-        return bool(self._compiled)
+    def takes_plain_tensors(self) -> bool:
+        """Whether all that it is given must be there already: blocks are compiled or captured."""
+        return bool(self._compiled or self._graphed)
 
     def spec(self, key: Hashable) -> StageSpec:
         """The spec prepared under `key`; KeyError if there is none."""
@@ -134,10 +165,13 @@ class StageReplica:
         """The module as it was: every forward restored, placeholders freed."""
         for path, stub in self._stubs.items():
             _uninstall(self.module.get_submodule(path), stub)
+        for path, graphed in self._graphed.items():
+            _uninstall(self.module.get_submodule(path), graphed)
         for path in self._compiled:
             vars(self.module.get_submodule(path)).pop("forward", None)
         self._stubs.clear()
         self._compiled.clear()
+        self._graphed.clear()
         self._specs.clear()
         self._pass.placeholders.clear()
 
@@ -316,10 +350,10 @@ def _install(module: nn.Module, path: str, running: _Pass) -> StubForward:
     return stub
 
 
-def _uninstall(module: nn.Module, stub: StubForward) -> None:
-    if vars(module).get("forward") is not stub:
+def _uninstall(module: nn.Module, ours: StubForward | GraphedForward) -> None:
+    if vars(module).get("forward") is not ours:
         return  # somebody replaced it after us: theirs to keep
-    if stub.previous is None:
+    if ours.previous is None:
         del vars(module)["forward"]
     else:
-        vars(module)["forward"] = stub.previous
+        vars(module)["forward"] = ours.previous
