@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,22 +114,22 @@ class Curve:
         if self._unlearned is None:
             return
         (points, newest), self._unlearned = self._unlearned, None
-        change = newest.sample - points[-1].sample
-        samples = [point.sample for point in points]
-        ways = [_weighted(weights, samples) for weights in _parts(points, newest.place)[1:]]
-        if len(ways) < 2:
-            ways.append(torch.zeros_like(change))
-        of_all = torch.stack([*ways, change])
-        sums = (of_all[:2, None] * of_all).sum(-1)
+        along_line, along_bend = _ways(points, newest.place)
+        steps = [after.step_from(before) for before, after in itertools.pairwise(points)]
+        change = newest.step_from(points[-1])
+        line = _weighted(along_line, steps)
+        bend = _weighted(along_bend, steps) if len(steps) > 1 else torch.zeros_like(change)
+        of_all = torch.stack([line, bend, change])
+        sums = of_all @ of_all.T
         self._sums = sums if self._sums is None else torch.add(sums, self._sums, alpha=_MEMORY)
 
     def continued(self, place: float) -> torch.Tensor:
         """The input at a place, summed in float32 at least. On a GPU nobody waits for how it is made up."""
         both, bend = self._held()
-        weights = [
-            sum(part * factor for part, factor in zip(parts, (1.0, both, both * bend), strict=False))
-            for parts in zip(*_parts(self._points, place), strict=True)
-        ]
+        # From weights of the steps between the points to those of the points.
+        ways = zip(*_ways(self._points, place), strict=True)
+        of_steps = [0.0, *(both * (line + bend * beyond) for line, beyond in ways), -1.0]
+        weights = [before - after for before, after in itertools.pairwise(of_steps)]
         newest = self._points[-1].tensor
         wide = torch.promote_types(newest.dtype, torch.float32)
         return _weighted(weights, [point.tensor.to(wide) for point in self._points]).to(newest.dtype)
@@ -142,22 +141,32 @@ class Curve:
             return self._trust, 0.0
         # Operations on single numbers cost more than those on the points, where nobody has to wait for them.
         sums = self._sums.tolist() if self._sums.device.type == "cpu" else self._sums
-        (line_line, line_bend, along_line), (_, bend_bend, along_bend) = sums
+        (line_line, line_bend, along_line), (_, bend_bend, along_bend), _ = sums
         bend = _share(along_bend - line_bend, bend_bend)
         along = along_line + bend * along_bend
         whole = line_line + bend * (2 * line_bend + bend * bend_bend)
         return _share(along, whole), bend
 
 
-@dataclass(frozen=True)
 class _Point:
-    place: float
-    tensor: torch.Tensor
+    """Of an input. `tensor` is nobody else's."""
+
+    def __init__(self, place: float, tensor: torch.Tensor) -> None:
+        self.place = place
+        self.tensor = tensor
+        self._step: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @cached_property
     def sample(self) -> torch.Tensor:
         """Some of its elements, in float32."""
         return sampled(self.tensor).float()
+
+    def step_from(self, before: _Point) -> torch.Tensor:
+        """From the sample of the point before to this one's. Kept with that sample, not with the point, which
+        would keep the one before."""
+        if self._step is None or self._step[0] is not before.sample:
+            self._step = before.sample, self.sample - before.sample
+        return self._step[1]
 
 
 def _share(part: Number, whole: Number) -> Number:
@@ -178,17 +187,14 @@ def _weighted(weights: Sequence[Number], tensors: Sequence[torch.Tensor]) -> tor
     return first
 
 
-def _parts(points: Sequence[_Point], place: float) -> list[list[float]]:
-    """The weights of the points in the newest one, in the step of the line beyond it to `place`, and in the
-    bend of the parabola, as far as there are points for them."""
-    places = [point.place for point in points]
-    orders = [_weights(places, order, place) for order in range(len(places))]
-    steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(orders)]
-    return [orders[0], *steps]
-
-
-def _weights(places: list[float], order: int, place: float) -> list[float]:
-    """What each point contributes at `place` to the polynomial through the last `order` + 1 of them."""
-    used = places[-order - 1 :]
-    weights = [math.prod((place - other) / (own - other) for other in used if other != own) for own in used]
-    return [0.0] * (len(places) - len(used)) + weights
+def _ways(points: Sequence[_Point], place: float) -> tuple[list[float], list[float]]:
+    """From the newest point to `place` along the line through the last two, and what the parabola through the
+    last three adds to that: the factors of the steps between the points (Newton's form)."""
+    gaps = [after.place - before.place for before, after in itertools.pairwise(points)]
+    line, bend = [0.0] * len(gaps), [0.0] * len(gaps)
+    if gaps:
+        line[-1] = (place - points[-1].place) / gaps[-1]
+    if len(gaps) > 1:
+        beyond = (place - points[-1].place) * (place - points[-2].place) / (gaps[-1] + gaps[-2])
+        bend[-2:] = -beyond / gaps[-2], beyond / gaps[-1]
+    return line, bend

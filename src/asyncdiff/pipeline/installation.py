@@ -58,7 +58,7 @@ from asyncdiff.protocol.messages import RoundInfo
 from asyncdiff.runtime.awaited import arrived
 from asyncdiff.runtime.executor import Executor, RoundCall
 from asyncdiff.runtime.groups import Groups
-from asyncdiff.runtime.interrupts import interrupts_deferred
+from asyncdiff.runtime.interrupts import interrupts_deferrable, interrupts_deferred
 from asyncdiff.schedule import Schedule
 from asyncdiff.trace import Inputs, flatten_inputs
 from asyncdiff.tracking import Position
@@ -247,7 +247,7 @@ class Installation:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the denoiser's forward would have returned, from the stages."""
         start_s = time.perf_counter()
-        with self._lock, _intra_op_threads(self._threads), torch.no_grad():
+        with self._lock, interrupts_deferrable(), _intra_op_threads(self._threads), torch.no_grad():
             inputs = flatten_inputs(self._forward, args, kwargs)
             self._refuse_gradients(inputs)
             self._decide_groups(inputs)
@@ -356,18 +356,20 @@ class Installation:
         last one, the next round of the first piece."""
         rounds = [self._round(call, whole, piece) for piece, _ in pieces]
         first, before = pieces[0]
-        following: list[RoundCall | None] = [
-            None if seen_before is None else in_advance(round_, piece.inputs, seen_before)
+        following: list[Callable[[], RoundCall | None] | None] = [
+            None if seen_before is None else partial(in_advance, round_, piece.inputs, seen_before)
             for round_, (piece, seen_before) in zip(rounds[1:], pieces[1:], strict=True)
         ]
         # With the gate, whether the next one runs in order is not known yet.
         if before is not None and rounds[0].info.gauged is None:
-            next_one = following_round(call, first.inputs, whole, rounds[0].info, first.state, before)
+            following.append(
+                partial(following_round, call, first.inputs, whole, rounds[0].info, first.state, before)
+            )
         else:
-            next_one = None
+            following.append(None)
         return [
             round_ if later is None else replace(round_, following=later)
-            for round_, later in zip(rounds, [*following, next_one], strict=True)
+            for round_, later in zip(rounds, following, strict=True)
         ]
 
     def _round(self, call: PlacedCall, whole: Inputs, piece: Piece) -> RoundCall:

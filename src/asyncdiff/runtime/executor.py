@@ -26,14 +26,15 @@ class RoundCall:
 
     `continued`: what stands in for some of them in evaluations with one of these `latents_step`s. It is made
     when a rank is given it, so a worker that reads the call's own inputs need not wait for it.
-    `following`: the round that will come next if all goes as before, with the inputs that are known already.
+    `following`: finds out the round that will come next if all goes as before, with the inputs that are known
+    already (None where nobody can tell); asked when the workers have this one.
     """
 
     info: RoundInfo
     round: Round
     tensors: Mapping[str, torch.Tensor]
     continued: Mapping[int, Callable[[], Mapping[str, torch.Tensor]]] = field(default_factory=dict)
-    following: RoundCall | None = None
+    following: Callable[[], RoundCall | None] | None = None
 
     def task(self, rank: int) -> RoundTask:
         """The part of one rank that is in this process."""

@@ -20,32 +20,88 @@ class interrupts_deferred:  # noqa: N801 (used like a function: `with interrupts
     and within another such block.
     """
 
-    _outermost: interrupts_deferred | None = None
-
     def __enter__(self) -> None:
-        self._noted: tuple[int, FrameType | None] | None = None
-        self._handler: Any = None
-        # Blocks within a block are many, several a step, and looking the handler up takes microseconds.
-        if interrupts_deferred._outermost is not None or not _in_main_thread():
+        self._handling: _Handling | None = None
+        self._is_first = False
+        if not _in_main_thread():
             return
-        handler = signal.getsignal(signal.SIGINT)
-        if callable(handler):
-            self._handler = handler
-            signal.signal(signal.SIGINT, self._note)
-            interrupts_deferred._outermost = self
+        if _Handling.current is None:
+            self._is_first = True
+            self._handling = _Handling.begin()
+        else:
+            self._handling = _Handling.current
+            self._handling.depth += 1
 
     def __exit__(self, *exc: object) -> None:
-        if self._handler is None:
+        if self._handling is None:
             return
-        interrupts_deferred._outermost = None
-        signal.signal(signal.SIGINT, self._handler)
-        if self._noted is not None:
-            self._handler(*self._noted)
+        if self._is_first:
+            self._handling.end()
+        else:
+            self._handling.release()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._noted is not None:
-            self._handler(number, frame)
-        self._noted = (number, frame)
+
+class interrupts_deferrable:  # noqa: N801
+    """Blocks of `interrupts_deferred` within this one are entered and left in a microsecond.
+
+    To put a handler of Ctrl-C in its place takes tens of them where nothing is in the caches, and a denoiser
+    call has several such blocks.
+    """
+
+    def __enter__(self) -> None:
+        self._handling: _Handling | None = None
+        if _Handling.current is not None or not _in_main_thread():
+            return
+        handling = _Handling.begin()
+        if handling.noted is not None:
+            handling.end()
+        self._handling = handling
+        handling.depth = 0
+
+    def __exit__(self, *exc: object) -> None:
+        if self._handling is not None:
+            self._handling.end()
+
+
+class _Handling:
+    """Stands in the place of Ctrl-C's handler (`original`; None where it is ignored), and notes the first
+    that comes while `depth` blocks hold it back."""
+
+    current: _Handling | None = None
+
+    def __init__(self, original: Any) -> None:
+        self.depth = 1  # from the moment it is in its place, until that is noted
+        self.noted: tuple[int, FrameType | None] | None = None
+        self._original: Any = original if callable(original) else None
+
+    @staticmethod
+    def begin() -> _Handling:
+        handling = _Handling(signal.getsignal(signal.SIGINT))
+        if handling._original is not None:
+            signal.signal(signal.SIGINT, handling)
+        _Handling.current = handling
+        return handling
+
+    def end(self) -> None:
+        """Put the original back, then let it have what is held back."""
+        self.depth = 1
+        _Handling.current = None
+        if self._original is not None:
+            signal.signal(signal.SIGINT, self._original)
+        self.release()
+
+    def release(self) -> None:
+        """One block less that holds Ctrl-C back."""
+        self.depth -= 1
+        if self.depth == 0 and self.noted is not None:
+            noted, self.noted = self.noted, None
+            self._original(*noted)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.depth > 0 and self.noted is None:
+            self.noted = (number, frame)
+        else:
+            self._original(number, frame)
 
 
 def _in_main_thread() -> bool:

@@ -12,6 +12,8 @@ from asyncdiff.weights.ownership import dense_spec, empty_tensor, tensor_spec
 
 def as_sendable(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """The tensor's elements as a flat tensor in the memory order that the receiver expects."""
+    if tensor.is_contiguous() and tensor_spec(tensor) == spec:
+        return tensor.detach().view(-1)
     if tuple(tensor.shape) != spec.shape or str(tensor.dtype) != f"torch.{spec.dtype}":
         raise ValueError(f"a tensor of {tensor_spec(tensor)} was about to be sent where {spec} is expected")
     dense, expected = tensor.detach(), dense_spec(spec)

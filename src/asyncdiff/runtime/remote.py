@@ -346,8 +346,9 @@ class RemoteExecutor:
                 self._ended = ()
                 task = call.task(0)
                 interpreter.post(task)
-                if call.following is not None:
-                    self._announce(call.following)
+                following = None if call.following is None else call.following()
+                if following is not None:
+                    self._announce(following)
             interpreter.compute(task)
 
     def end_runs(self, runs: tuple[int, ...]) -> None:

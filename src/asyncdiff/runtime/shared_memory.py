@@ -110,6 +110,7 @@ class _Peer:
         self._expected: dict[int, deque[_SharedPending]] = {stream: deque() for stream in Stream}
 
     def send(self, stream: Stream, flat: torch.Tensor) -> None:
+        self._return_slots()  # first: who reads of the tensor has read of them too, and need not look again
         self._num_sent += 1
         number = self._free_slot(flat.nbytes)
         if number is None:
@@ -128,7 +129,6 @@ class _Peer:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-        self._return_slots()
 
     def receive(self, stream: Stream, spec: TensorSpec) -> Pending:
         pending = _SharedPending(self, spec)

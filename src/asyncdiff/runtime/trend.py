@@ -6,8 +6,10 @@ line had promised. A few thousand elements tell it well enough, so that it costs
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -98,8 +100,16 @@ def _relative(missed: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:
 
 def sampled(tensor: torch.Tensor) -> torch.Tensor:
     """At most a few thousand elements, in row-major order, the same whatever the tensor's strides."""
-    steps = [1] * tensor.dim()
-    while (part := tensor[tuple(slice(None, None, step) for step in steps)]).numel() > _SAMPLE:
-        longest = max(range(tensor.dim()), key=lambda dim: part.shape[dim])
+    slices = _slices(tuple(tensor.shape))
+    return tensor.flatten() if slices is None else tensor[slices].flatten()
+
+
+@lru_cache(maxsize=256)
+def _slices(shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+    """Which elements of a tensor; None for all."""
+    steps, sizes = [1] * len(shape), list(shape)
+    while math.prod(sizes) > _SAMPLE:
+        longest = max(range(len(shape)), key=sizes.__getitem__)
         steps[longest] *= 2
-    return part.flatten()
+        sizes[longest] = -(-shape[longest] // steps[longest])
+    return tuple(slice(None, None, step) for step in steps) if max(steps, default=1) > 1 else None
