@@ -44,7 +44,6 @@ from asyncdiff.pipeline.run_state import (
     ChannelState,
     Conditions,
     schedule_for,
-    steps_ahead,
     timestep_argument,
     with_line,
 )
@@ -61,6 +60,7 @@ from asyncdiff.runtime.groups import Groups
 from asyncdiff.runtime.interrupts import interrupts_deferrable, interrupts_deferred
 from asyncdiff.schedule import Schedule
 from asyncdiff.trace import Inputs, flatten_inputs
+from asyncdiff.trace.tensors import no_gradients
 from asyncdiff.tracking import Position
 from asyncdiff.weights import Skeleton, dump_skeleton, merged_adapters
 
@@ -91,8 +91,13 @@ class DenoiserEntry:
             "The denoiser cannot be copied while it is divided over devices. Call handle.remove() first."
         )
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self._call_uncompiled(*args, **kwargs)
+        return self._installation.call(args, kwargs)
+
+    @torch.compiler.disable
+    def _call_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         return self._installation.call(args, kwargs)
 
 
@@ -247,7 +252,7 @@ class Installation:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the denoiser's forward would have returned, from the stages."""
         start_s = time.perf_counter()
-        with self._lock, interrupts_deferrable(), _intra_op_threads(self._threads), torch.no_grad():
+        with self._lock, interrupts_deferrable(), _IntraOpThreads(self._threads), no_gradients():
             inputs = flatten_inputs(self._forward, args, kwargs)
             self._refuse_gradients(inputs)
             self._decide_groups(inputs)
@@ -401,7 +406,7 @@ class Installation:
         )
         round_ = state.schedule.round_of(step)
         continued = {
-            ahead: cache(partial(state.course.continued, state.place(ahead))) for ahead in steps_ahead(round_)
+            ahead: cache(partial(state.course.continued, state.place(ahead))) for ahead in round_.steps_ahead
         }
         return RoundCall(info, round_, inputs.tensors(), continued)
 
@@ -874,15 +879,17 @@ class _NamedContext:
             self._names.current = before
 
 
-@contextmanager
-def _intra_op_threads(count: int | None) -> Iterator[None]:
+class _IntraOpThreads:
     """The plan's number of threads while the denoiser runs; text encoders and VAE keep theirs."""
-    before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+
+    def __init__(self, count: int | None) -> None:
+        self._count = count
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        if self._count is not None and self._count != self._before:
+            torch.set_num_threads(self._count)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._count is not None and self._count != self._before:
+            torch.set_num_threads(self._before)

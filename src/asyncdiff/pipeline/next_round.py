@@ -72,7 +72,7 @@ def in_advance(round_: RoundCall, inputs: Inputs, before: Seen) -> RoundCall:
     did not change since the step `before`, and the timestep unless it is on a GPU."""
     tensors, name = _unchanged(inputs, before), round_.info.timestep_name
     given = inputs.tensors()
-    if name in given and given[name].device.type == "cpu":
+    if name is not None and name in given and given[name].device.type == "cpu":
         tensors[name] = given[name]
     return replace(round_, tensors=tensors, continued={})
 

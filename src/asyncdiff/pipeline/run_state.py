@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -50,9 +51,9 @@ class ChannelState:
     places: dict[int, float] = field(default_factory=dict)
 
     @property
-    def known_arguments(self) -> dict[int, Any]:
+    def known_arguments(self) -> Mapping[int, Any]:
         """The timestep arguments of steps that were and, as far as they are foreseen, of those to come."""
-        return {**self.foreseen, **self.arguments}
+        return ChainMap(self.arguments, self.foreseen)
 
     def follows(self, position: Position, analysis: Analysis) -> bool:
         """Whether its states are those of the previous step of this structure."""
@@ -300,16 +301,6 @@ class Conditions:
     def _index(self, step: int) -> int:
         """The step's place in the noise scheduler's timesteps."""
         return self._call.position.timestep_index + step - self._call.position.step
-
-
-def steps_ahead(round_: Round) -> set[int]:
-    """The steps to come for which a round continues the latents."""
-    return {
-        op.latents_step
-        for ops in round_.ops
-        for op in ops
-        if isinstance(op, Compute) and op.latents_step != op.input_step
-    }
 
 
 def timestep_argument(inputs: Inputs) -> Any:

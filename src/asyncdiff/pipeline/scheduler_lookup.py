@@ -10,6 +10,9 @@ from torch import nn
 from asyncdiff.pipeline.noise_scheduler import timesteps_of
 
 _MAX_FRAMES = 40
+# Of modules, which are no pipelines: to look at a frame's variables takes microseconds.
+_MODULE_CALL = nn.Module._wrapped_call_impl.__code__
+_MODULE_CALL_INSIDE = nn.Module._call_impl.__code__
 
 
 def noise_scheduler_of(pipe: Any, denoiser_name: str) -> Any | None:
@@ -37,7 +40,10 @@ def calling_pipeline(denoiser: nn.Module, name: str) -> Any | None:
         if frame.f_back is None:
             return None
         frame = frame.f_back
-        candidate = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames[:1] else None
+        code = frame.f_code
+        if code is _MODULE_CALL or code is _MODULE_CALL_INSIDE:
+            continue
+        candidate = frame.f_locals.get("self") if "self" in code.co_varnames[:1] else None
         if candidate is not None and _drives(candidate, denoiser, name):
             return candidate
     return None

@@ -58,6 +58,13 @@ def receive_message(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
+def send_at_once(connection: Connection) -> None:
+    """Let messages leave while the one before has not been acknowledged, which the other end may put off for
+    40 ms."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def socket_of(connection: Connection) -> socket.socket:
     """The connection's socket (a duplicate descriptor), with the options a control connection needs.
 
@@ -103,6 +110,7 @@ class WorkerConnection:
         self.device = hello.device
         self.clock_offset_s = 0.0
         self._connection = connection
+        send_at_once(connection)
         self._socket = socket_of(connection)
         self._send_lock = threading.Lock()
         self._sessions: dict[int, _SessionState] = {}

@@ -7,6 +7,7 @@ forwards do not.
 
 from __future__ import annotations
 
+import _signal  # `signal` without its translation to and from enums, which takes longer than all the rest
 import signal
 import threading
 from types import FrameType
@@ -76,9 +77,9 @@ class _Handling:
 
     @staticmethod
     def begin() -> _Handling:
-        handling = _Handling(signal.getsignal(signal.SIGINT))
+        handling = _Handling(_signal.getsignal(signal.SIGINT))
         if handling._original is not None:
-            signal.signal(signal.SIGINT, handling)
+            _signal.signal(signal.SIGINT, handling)
         _Handling.current = handling
         return handling
 
@@ -87,7 +88,7 @@ class _Handling:
         self.depth = 1
         _Handling.current = None
         if self._original is not None:
-            signal.signal(signal.SIGINT, self._original)
+            _signal.signal(signal.SIGINT, self._original)
         self.release()
 
     def release(self) -> None:

@@ -21,7 +21,7 @@ from asyncdiff.protocol.messages import (
     Reply,
     WorkerHello,
 )
-from asyncdiff.runtime.control import receive_message, send_message
+from asyncdiff.runtime.control import receive_message, send_at_once, send_message
 from asyncdiff.runtime.session import WorkerSession
 
 _GRACE_S = 2.0
@@ -32,6 +32,7 @@ class WorkerServer:
 
     def __init__(self, connection: Connection, rank: int, device: str = "") -> None:
         self._connection = connection
+        send_at_once(connection)
         self._rank = rank
         self._device = device
         self._send_lock = threading.Lock()

@@ -37,6 +37,7 @@ from asyncdiff.runtime.interpreter import RoundTask, StageInterpreter
 from asyncdiff.runtime.link import Parcel, Pending, Stream
 from asyncdiff.runtime.transport import Transport, open_transport
 from asyncdiff.stage import StageReplica
+from asyncdiff.trace.tensors import no_gradients
 from asyncdiff.weights import (
     Skeleton,
     assign_tensors,
@@ -199,7 +200,7 @@ class WorkerSession:
             if message.is_void or message.info.run in self._aborted:
                 interpreter.skip_round(task)
             else:
-                with torch.no_grad():
+                with no_gradients():
                     interpreter.run_round(task)
         except Exception as error:  # noqa: BLE001 (reported to the driver, which raises it)
             step, operation = interpreter.where

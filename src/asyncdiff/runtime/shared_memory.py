@@ -40,6 +40,7 @@ _HEADER = struct.Struct("<BBIQ")  # what happened, stream, slot, the slot's byte
 _RANK = struct.Struct("<I")
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _UNUSED_AFTER = 512  # sends to a peer
+_SPARE_BYTES = 1 << 20  # so much is mapped before it is worth while to look whether a slot has come back
 _SOCKET_BUFFER_BYTES = 1 << 22  # as far as the system allows: headers wait here for a peer that computes
 
 
@@ -110,10 +111,9 @@ class _Peer:
         self._expected: dict[int, deque[_SharedPending]] = {stream: deque() for stream in Stream}
 
     def send(self, stream: Stream, flat: torch.Tensor) -> None:
-        self._return_slots()  # first: who reads of the tensor has read of them too, and need not look again
         self._num_sent += 1
         number = self._free_slot(flat.nbytes)
-        if number is None:
+        if number is None and flat.nbytes + sum(slot.size for slot in self._own.values()) > _SPARE_BYTES:
             self.pump()  # some may have come back
             number = self._free_slot(flat.nbytes)
         if number is None:
@@ -129,6 +129,7 @@ class _Peer:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+        self._return_slots()
 
     def receive(self, stream: Stream, spec: TensorSpec) -> Pending:
         pending = _SharedPending(self, spec)

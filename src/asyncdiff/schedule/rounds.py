@@ -24,6 +24,16 @@ class Round:
     in_order: bool
     ops: tuple[tuple[Op, ...], ...]
 
+    @cached_property
+    def steps_ahead(self) -> frozenset[int]:
+        """The steps to come for which it continues the latents."""
+        return frozenset(
+            op.latents_step
+            for ops in self.ops
+            for op in ops
+            if isinstance(op, Compute) and op.latents_step != op.input_step
+        )
+
 
 @dataclass(frozen=True)
 class Schedule:

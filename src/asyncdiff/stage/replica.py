@@ -15,7 +15,7 @@ from asyncdiff.graph import Atom, TensorSpec
 from asyncdiff.stage.compiled import compile_again, compile_block
 from asyncdiff.stage.graphed import CudaCapture, GraphedForward
 from asyncdiff.stage.spec import Action, Argument, Capture, Constant, Own, Received, Run, StageSpec, Stub
-from asyncdiff.trace.tensors import MakePlaceholder, zero_placeholder
+from asyncdiff.trace.tensors import MakePlaceholder, no_gradients, zero_placeholder
 from asyncdiff.trace.torch_private import tree_flatten, tree_unflatten
 from asyncdiff.weights.ownership import empty_tensor
 
@@ -153,7 +153,7 @@ class StageReplica:
         kwargs = spec.inputs.rebuild(given, floats, self.device, self._pass.placeholders)
         self._pass.begin(key, read, emit)
         try:
-            with torch.no_grad():
+            with no_gradients():
                 out = self._forward(**kwargs)
         except _StageDone:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -32,8 +32,12 @@ class Inputs:
     leaves: tuple[Any, ...]
     structure: Structure
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> Mapping[str, torch.Tensor]:
         """The tensor leaves by name."""
+        return self._tensors
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
         return {
             name: leaf
             for name, leaf in zip(self.names, self.leaves, strict=True)

@@ -6,6 +6,7 @@ Holds for torch 2.13; `tests/trace/test_torch_private.py` says with which versio
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -68,15 +69,18 @@ class Structure:
 
     def __init__(self, spec: pytree.TreeSpec) -> None:
         self.spec = spec
+        self._repr: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Structure) and self.spec == other.spec
 
     def __hash__(self) -> int:
-        return hash(repr(self.spec))
+        return hash(repr(self))
 
     def __repr__(self) -> str:
-        return repr(self.spec)
+        if self._repr is None:
+            self._repr = repr(self.spec)
+        return self._repr
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _structure_of, (_plain(self.spec),)
@@ -116,8 +120,15 @@ def tree_unflatten(leaves: list[Any], structure: Structure) -> Any:
 
 def tree_flatten_named(tree: dict[str, Any]) -> tuple[list[str], list[Any], Structure]:
     """Like `tree_flatten`, with the dotted name of every leaf (`"added_cond_kwargs.text_embeds"`)."""
+    if all(map(pytree.tree_is_leaf, tree.values())):
+        return list(tree), list(tree.values()), _structure_without_nesting(tuple(tree))
     pairs, spec = pytree.tree_flatten_with_path(tree)
     return [key_path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], Structure(spec)
+
+
+@functools.lru_cache(maxsize=256)
+def _structure_without_nesting(names: tuple[str, ...]) -> Structure:
+    return tree_flatten(dict.fromkeys(names))[1]
 
 
 def key_path_name(path: tuple[Any, ...]) -> str:
