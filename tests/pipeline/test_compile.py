@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import asyncdiff
+from asyncdiff.pipeline.installation import DenoiserEntry
 from asyncdiff.stage.compiled import CompiledForward
 from asyncdiff.stage.replica import StageReplica
 from asyncdiff.tiny import TINY_PIPELINES, generate
@@ -113,3 +114,28 @@ def test_processes_equal_the_local_executor_when_compiled() -> None:
     with asyncdiff.parallelize(pipe, devices=["cpu", "cpu"], num_stages=2, compile=True):
         for _ in range(2):
             assert torch.equal(generate(family, pipe), expected)
+
+
+@pytest.mark.filterwarnings("ignore:asyncdiff. a denoiser call runs in order")
+def test_a_compiled_function_may_call_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph ends before the call, of which nothing is traced."""
+    uncompiled: list[Any] = []
+    original = DenoiserEntry._call_uncompiled
+
+    def noted(self: DenoiserEntry, *args: Any, **kwargs: Any) -> Any:
+        uncompiled.append(torch.compiler.is_compiling())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DenoiserEntry, "_call_uncompiled", torch.compiler.disable(noted))
+    pipe = FAMILY.build()
+    prompt = torch.randn(2, 7, pipe.unet.config.cross_attention_dim)
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor(10), prompt)
+
+    def doubled() -> torch.Tensor:
+        return 2 * pipe.unet(*inputs, return_dict=False)[0]
+
+    with asyncdiff.parallelize(pipe, num_stages=2):
+        expected = doubled()
+        assert not uncompiled
+        assert torch.equal(torch.compile(doubled, backend="eager")(), expected)
+    assert uncompiled == [False]
