@@ -21,6 +21,7 @@ EAGER_CALLS = 2
 """Of each kind of call, before it is captured: libraries choose their kernels in them."""
 
 _MOST_GRAPHS = 16
+_MOST_KINDS = 256  # a number that changes at every step makes a kind of every call
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -61,7 +62,7 @@ class GraphedForward:
         self._device = device
         self._capture = capture
         self._graphs: dict[Hashable, _Graph] = {}
-        self._calls: dict[Hashable, int] = {}
+        self._calls: dict[Hashable, int | None] = {}  # None: never to be captured
         self.is_cut = False
 
     @property
@@ -76,9 +77,13 @@ class GraphedForward:
             return self._inner(*args, **kwargs)
         kind = (repr(structure), tuple(map(_kind, leaves)))
         if kind not in self._graphs:
-            number = self._calls.setdefault(kind, 0)
-            if number < EAGER_CALLS or len(self._graphs) >= _MOST_GRAPHS:
-                return self._run_and_look(kind, leaves, args, kwargs)
+            number = self._calls.get(kind, 0 if len(self._calls) < _MOST_KINDS else None)
+            if number is None or len(self._graphs) >= _MOST_GRAPHS:
+                return self._inner(*args, **kwargs)
+            if number < EAGER_CALLS:
+                returned, may_be_captured = self._run_and_look(leaves, args, kwargs)
+                self._calls[kind] = number + 1 if may_be_captured else None
+                return returned
             self._graphs[kind] = self._captured(leaves, structure)
         return self._graphs[kind].run(leaves)
 
@@ -88,9 +93,9 @@ class GraphedForward:
         return isinstance(leaf, _CONSTANTS)
 
     def _run_and_look(
-        self, kind: Hashable, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run a call as it is; it counts towards a capture if it leaves what it is given alone."""
+        self, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, bool]:
+        """Run a call as it is, and whether it leaves what it is given alone. Waits for the device."""
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         before = [tensor.clone() for tensor in given]
         returned = self._inner(*args, **kwargs)
@@ -100,9 +105,7 @@ class GraphedForward:
             for leaf in tree_flatten(returned)[0]
             if isinstance(leaf, torch.Tensor)
         )
-        if not is_passed_on and all(map(torch.equal, before, given)):
-            self._calls[kind] += 1
-        return returned
+        return returned, not is_passed_on and all(map(torch.equal, before, given))
 
     def _captured(self, leaves: Sequence[Any], structure: Structure) -> _Graph:
         try:
