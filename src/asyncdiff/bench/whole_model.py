@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,6 @@ from asyncdiff.errors import AsyncDiffError
 if TYPE_CHECKING:
     from asyncdiff.bench.timed_run import TimedRun
     from asyncdiff.bench.workload import Workload
-
-
-@dataclass(frozen=True)
-class WholeModelMemory:
-    """Of the process that holds everything; `device_peak_bytes` is 0 without CUDA."""
-
-    resident_bytes: int
-    device_peak_bytes: int
 
 
 class WholeModelProcess:
@@ -59,11 +51,6 @@ class WholeModelProcess:
     def measure(self, steps: int, threads: int | None = 1) -> TimedRun:
         self.start(steps, threads)
         return self.result()
-
-    def memory(self) -> WholeModelMemory:
-        """What the process holds, and has held on its device, by now."""
-        self._say({"memory": True})
-        return WholeModelMemory(**self._hear())
 
     def close(self) -> None:
         if self._process.poll() is None:
@@ -116,18 +103,9 @@ def main() -> None:
     _answer({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
-        if "memory" in order:
-            _answer(asdict(_memory()))
-            continue
         if order["threads"] is not None:
             torch.set_num_threads(order["threads"])
         _answer({"run": run_timed(subject, order["steps"]).to_json()})
-
-
-def _memory() -> WholeModelMemory:
-    from asyncdiff.runtime.executor import device_peak_bytes_of_process, resident_bytes_of_process
-
-    return WholeModelMemory(resident_bytes_of_process(), device_peak_bytes_of_process())
 
 
 def _answer(message: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """Measuring: every kind of run once per round, one after the other, so that a machine that drifts drifts
 under all of them.
+
+In order is measured where the driver is, with the weights that were divided: one copy of the denoiser less in
+memory than beside a process for it.
 """
 
 from __future__ import annotations
@@ -41,11 +44,12 @@ from asyncdiff.bench.steady import (
 )
 from asyncdiff.bench.threads import intra_op_threads
 from asyncdiff.bench.timed_run import TimedRun
-from asyncdiff.bench.whole_model import WholeModelProcess, measure_together
+from asyncdiff.bench.whole_model import WholeModelProcess
 from asyncdiff.bench.workload import Subject, Workload, denoiser_bytes, load, run_timed
 from asyncdiff.config import available_cores
 from asyncdiff.errors import AsyncDiffError, ConfigurationError
 from asyncdiff.pipeline import Handle, Plan, RunReport, parallelize, plan
+from asyncdiff.runtime.executor import device_peak_bytes_of_process, resident_bytes_of_process
 from asyncdiff.simulation import COMPUTE, Timeline
 
 _UNTIMED_STEPS = 2
@@ -77,20 +81,21 @@ def run_bench(
         progress(f"Loading {workload.arch or workload.model}", 0, 0)
         subject = load(workload, devices[0])  # first: what cannot be loaded is said once, and downloaded once
         whole_bytes = denoiser_bytes(subject)
-        wholes = [stack.enter_context(WholeModelProcess(workload, device)) for device in devices[:most]]
-        for whole in wholes:
-            whole.wait_ready()
+        others = [stack.enter_context(WholeModelProcess(workload, device)) for device in devices[1:most]]
+        for other in others:
+            other.wait_ready()
         installed = stack.enter_context(_Installed(subject))
+        progress("Untimed runs in order", 0, 0)
+        _run_together(subject, others, _UNTIMED_STEPS, threads)
+        resident_bytes, peak_bytes = resident_bytes_of_process(), device_peak_bytes_of_process()
         ways, skipped = _prepare(
             installed, configurations, devices, warmup_steps, threads, skip_refused, progress
         )
         comparisons = comparisons_for(subject.pipe, devices, threads) if compare else []
-        rounds = _Rounds(installed, wholes, ways, comparisons, threads, on_cpu, steps, progress)
-        rounds.run_untimed()
+        rounds = _Rounds(installed, others, ways, comparisons, threads, on_cpu, steps, progress)
         for run in range(runs):
             rounds.run(run, runs)
-        memory = wholes[0].memory()
-    in_order = InOrder(_timing(rounds.in_order), whole_bytes, memory.resident_bytes, memory.device_peak_bytes)
+    in_order = InOrder(_timing(rounds.in_order), whole_bytes, resident_bytes, peak_bytes)
     limits = _limits(rounds, in_order)
     return BenchResult(
         title=workload.title,
@@ -142,8 +147,18 @@ class _Way:
         self.rounds += steady_rounds(report, run, self.first_steady_step, self.configuration.stride)
 
 
+def _run_together(
+    subject: Subject, others: Sequence[WholeModelProcess], steps: int, threads: int | None
+) -> list[TimedRun]:
+    """One run of each whole model at the same time: what the machine can do at once, shared memory and heat
+    included."""
+    for other in others:
+        other.start(steps, threads)
+    return [run_timed(subject, steps), *(other.result() for other in others)]
+
+
 class _Installed:
-    """The subject, divided in at most one way at a time: each takes the weights from the one before."""
+    """The subject, whole or divided in one way: each takes the weights from the one before."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -166,6 +181,12 @@ class _Installed:
     def measure(self, steps: int) -> tuple[TimedRun, RunReport]:
         assert self._handle is not None
         return run_timed(self.subject, steps), self._handle.last_run
+
+    def make_whole(self) -> None:
+        """Put it together again, with an untimed run; nothing is done if it is whole."""
+        if self._handle is not None:
+            self.remove()
+            run_timed(self.subject, _UNTIMED_STEPS)
 
     def remove(self) -> None:
         handle, self._handle, self._plan = self._handle, None, None
@@ -235,7 +256,7 @@ class _Rounds:
     def __init__(
         self,
         installed: _Installed,
-        wholes: Sequence[WholeModelProcess],
+        others: Sequence[WholeModelProcess],
         ways: Sequence[_Way],
         comparisons: Sequence[Comparison],
         threads: int | None,
@@ -244,7 +265,7 @@ class _Rounds:
         progress: Progress,
     ) -> None:
         self._installed = installed
-        self._wholes = wholes
+        self._others = others
         self._ways = ways
         self._comparisons = comparisons
         self._threads = threads
@@ -258,38 +279,44 @@ class _Rounds:
         self.all_threads: dict[int, list[TimedRun]] = {count: [] for count in self.counts}
         self.compared: list[list[ComparisonRun]] = [[] for _ in comparisons]
 
-    def run_untimed(self) -> None:
-        """The whole models' share; configurations and comparisons have theirs whenever they begin."""
-        self._progress("Untimed runs in order", 0, 0)
-        measure_together(self._wholes, _UNTIMED_STEPS, self._threads)
-
     def run(self, run: int, runs: int) -> None:
-        """One of each. Every other time backwards: the configuration that stands is measured before another
-        takes its weights, and none is always the one after the pause of in order."""
+        """One of each. Every other time backwards: what stands is measured before another takes its
+        weights, and none is always the one after the same other."""
         total = runs * (1 + len(self._ways) + (1 + self._on_cpu) * len(self.counts) + len(self._comparisons))
         where = f"run {run + 1} of {runs}"
-        self._tell(f"In order, {where}", total)
-        self.in_order.append(self._wholes[0].measure(self._steps, self._threads))
-        for way in reversed(self._ways) if run % 2 == 0 else self._ways:
+        if run % 2 == 0:
+            self._run_divided(tuple(reversed(self._ways)), where, total)
+            self._run_whole(where, total)
+        else:
+            self._run_whole(where, total)
+            self._run_divided(self._ways, where, total)
+
+    def _run_divided(self, ways: Sequence[_Way], where: str, total: int) -> None:
+        for way in ways:
             self._tell(f"{way.configuration}, {where}", total)
             configuration, warmup_steps = way.configuration, way.plan.warmup_steps
             self._installed.use(way.plan, configuration.shortest_run(warmup_steps))
             way.note(*self._installed.measure(self._steps))
+
+    def _run_whole(self, where: str, total: int) -> None:
+        self._tell(f"In order, {where}", total)
+        self._installed.make_whole()
+        self.in_order.append(run_timed(self._installed.subject, self._steps))
         for count in self.counts:
             self._measure_limit(count, where, total)
         for comparison, measured in zip(self._comparisons, self.compared, strict=True):
             self._tell(f"{comparison.name}, {where}", total)
-            self._installed.remove()
             measured.append(comparison.measure(self._steps))
 
     def _measure_limit(self, count: int, where: str, total: int) -> None:
-        steps = min(self._steps, _LIMIT_STEPS)
+        subject, steps = self._installed.subject, min(self._steps, _LIMIT_STEPS)
         self._tell(f"{count} whole models at once, {where}", total)
-        self.together[count].append(measure_together(self._wholes[:count], steps, self._threads))
+        self.together[count].append(_run_together(subject, self._others[: count - 1], steps, self._threads))
         if self._on_cpu:
             threads = count * (self._threads or 1)
             self._tell(f"One process with {threads} threads, {where}", total)
-            self.all_threads[count].append(self._wholes[0].measure(steps, threads))
+            with intra_op_threads(threads):
+                self.all_threads[count].append(run_timed(subject, steps))
 
     def _tell(self, what: str, total: int) -> None:
         self._progress(what, self._done, total)
