@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from asyncdiff.bench.workload import DEMO, Workload, denoiser_bytes, load, run_timed
+from asyncdiff.bench.workload import (
+    DEMO,
+    Workload,
+    denoiser_bytes,
+    dtype_of_random_weights,
+    load,
+    run_timed,
+)
 from asyncdiff.demo import DEMO_MODEL
 from asyncdiff.errors import AsyncDiffError, ConfigurationError
 from asyncdiff.tiny import TINY_PIPELINES
@@ -42,3 +50,21 @@ def test_missing_model_is_named() -> None:
 def test_title_says_what_it_is() -> None:
     assert Workload("sdxl", None, 256, "bfloat16").title == "sdxl, 256 px, bfloat16"
     assert Workload(None, "me/model", None, "auto").title == "me/model, the default dtype"
+
+
+@pytest.mark.parametrize(
+    ("can_do", "devices", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, ["cpu", "cpu"], "float32"),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, ["cuda:0", "cpu"], "float32"),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, ["cuda:0", "cuda:1"], "bfloat16"),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, ["cpu", "cpu"], "bfloat16"),
+        ({"neon": True, "bf16": True}, ["cpu"], "bfloat16"),
+        ({"neon": True}, ["cpu"], "float32"),
+    ],
+)
+def test_random_weights_are_in_bfloat16_where_it_is_computed(
+    can_do: dict[str, bool], devices: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can_do)
+    assert dtype_of_random_weights(devices) == dtype

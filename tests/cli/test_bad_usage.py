@@ -83,7 +83,7 @@ BAD: list[tuple[list[str], str]] = [
     (["bench", "step", "--size", "250"], "--size 250"),
     (["bench", "step", "--runs", "0"], "--runs 0"),
     (["bench", "step", "--steps", "0"], "--steps 0"),
-    (["bench", "step", "--dtype", "auto"], "bfloat16"),
+    (["bench", "step", "--dtype", "int8"], "bfloat16"),
     (["bench", "step", "--json", "bench.csv"], ".json"),
     (["doctor", "--json", "missing/doctor.json"], "--json"),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -47,6 +47,15 @@ class Workload:
         if self.size is not None:
             parts.append(f"{self.size} px")
         return ", ".join([*parts, self.dtype if self.dtype != "auto" else "the default dtype"])
+
+
+def dtype_of_random_weights(devices: Sequence[str]) -> str:
+    """bfloat16, as checkpoints are today; float32 where one of the devices is a CPU without instructions for
+    it, on which a step would take many times as long."""
+    can_do = torch.cpu.get_capabilities()
+    has_bfloat16 = any(can_do.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    is_slow = not has_bfloat16 and any(torch.device(name).type == "cpu" for name in devices)
+    return "float32" if is_slow else "bfloat16"
 
 
 class Subject(Protocol):

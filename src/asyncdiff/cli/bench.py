@@ -6,13 +6,16 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asyncdiff.bench.configurations import Configuration, parse_configurations
 from asyncdiff.cli import arguments
 from asyncdiff.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from asyncdiff.bench.workload import Workload
 
 _DEFAULT_ARCH = "sd21"
 _DEFAULT_SIZE = 256
@@ -58,7 +61,9 @@ def bench(
     dtype: Annotated[
         arguments.Dtype,
         typer.Option(
-            "--dtype", help="'auto' is bfloat16; with --model float16 on accelerators and float32 on CPUs."
+            "--dtype",
+            help="'auto' is bfloat16, or float32 on CPUs that cannot compute it; with --model float16 on "
+            "accelerators and float32 on CPUs.",
         ),
     ] = "auto",
     devices: arguments.DevicesOption = None,
@@ -201,7 +206,7 @@ def _check(
         model=model,
         prompt="" if model is None else prompt or DEMO_CAPTIONS[0],
         size=size if model is not None else size or _DEFAULT_SIZE,
-        dtype="bfloat16" if model is None and dtype == "auto" else dtype,
+        dtype=dtype,
         devices=asked,
         configurations=configurations,
         skip_refused=configs.strip() == "auto",
@@ -229,14 +234,19 @@ def _run(request: Request) -> None:
 
     devices = resolve_devices(request.devices)
     quiet_libraries()
-    _announce(request, devices)
+    from asyncdiff.bench.workload import Workload, dtype_of_random_weights
+
+    dtype = request.dtype
+    if dtype == "auto" and request.model is None:
+        dtype = dtype_of_random_weights(devices)
+    workload = Workload(request.arch, request.model, request.size, dtype, request.prompt)
+    _announce(request, workload, devices)
     with progress("Starting") as report:
         from asyncdiff.bench.runs.measure import run_bench
         from asyncdiff.bench.runs.tables import machine_rows, tables
-        from asyncdiff.bench.workload import Workload
 
         result = run_bench(
-            Workload(request.arch, request.model, request.size, request.dtype, request.prompt),
+            workload,
             devices,
             request.configurations,
             warmup_steps=request.warmup_steps,
@@ -249,11 +259,10 @@ def _run(request: Request) -> None:
     print_report(tables(result), machine_rows(result), request.outputs.write(result))
 
 
-def _announce(request: Request, devices: list[str]) -> None:
-    size = "" if request.size is None else f", {request.size} px"
+def _announce(request: Request, workload: Workload, devices: list[str]) -> None:
     names = ", ".join(map(str, request.configurations))
     typer.echo(
-        f"Measuring {request.arch or request.model}{size}, {request.dtype}, on {', '.join(devices)}: in "
+        f"Measuring {workload.title}, on {', '.join(devices)}: in "
         f"order, {names} (stages x stride), and what this machine can do at all; {request.runs} runs of "
         f"{request.steps} steps each, taking turns, after untimed ones. Best when nothing else runs.",
         err=True,
@@ -267,7 +276,10 @@ def step(
     size: Annotated[
         int, typer.Option("--size", metavar="PIXELS", help="Height and width of the picture.")
     ] = 256,
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option("--dtype")] = "bfloat16",
+    dtype: Annotated[
+        arguments.Dtype,
+        typer.Option("--dtype", help="'auto' is bfloat16, or float32 on CPUs that cannot compute it."),
+    ] = "auto",
     steps: Annotated[int, typer.Option("--steps", help="Timed steps of a run.")] = 8,
     runs: Annotated[int, typer.Option("--runs", help="Times everything is measured.")] = 3,
     json_file: arguments.JsonOption = None,
@@ -307,11 +319,13 @@ def step(
     quiet_libraries()
     with progress("Starting") as report:
         from asyncdiff.bench.step import run_step
+        from asyncdiff.bench.workload import dtype_of_random_weights
 
+        chosen = dtype_of_random_weights(names) if dtype == "auto" else dtype
         result = run_step(
             arch=arch,
             size=size,
-            dtype=dtype,
+            dtype=chosen,
             devices=names,
             num_stages=num_stages,
             stride=split.stride,
@@ -326,4 +340,4 @@ def step(
         )
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_json(), indent=2) + "\n")
-    print_table(f"{arch}, {size} px, {dtype}", result.rows())
+    print_table(f"{arch}, {size} px, {chosen}", result.rows())
