@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,13 +114,18 @@ class Curve:
             return
         (points, newest), self._unlearned = self._unlearned, None
         along_line, along_bend = _ways(points, newest.place)
-        steps = [after.step_from(before) for before, after in itertools.pairwise(points)]
+        *before, last = [after.step_from(before) for before, after in itertools.pairwise(points)]
         change = newest.step_from(points[-1])
-        line = _weighted(along_line, steps)
-        bend = _weighted(along_bend, steps) if len(steps) > 1 else torch.zeros_like(change)
+        line = last * along_line[-1]
+        if before:
+            bend = torch.add(last * along_bend[-1], before[-1], alpha=along_bend[-2])
+        else:
+            bend = torch.zeros_like(change)
         of_all = torch.stack([line, bend, change])
-        sums = of_all @ of_all.T
-        self._sums = sums if self._sums is None else torch.add(sums, self._sums, alpha=_MEMORY)
+        if self._sums is None:
+            self._sums = of_all @ of_all.T
+        else:
+            self._sums = torch.addmm(self._sums, of_all, of_all.T, beta=_MEMORY)
 
     def continued(self, place: float) -> torch.Tensor:
         """The input at a place, summed in float32 at least. On a GPU nobody waits for how it is made up."""
@@ -130,9 +134,10 @@ class Curve:
         ways = zip(*_ways(self._points, place), strict=True)
         of_steps = [0.0, *(both * (line + bend * beyond) for line, beyond in ways), -1.0]
         weights = [before - after for before, after in itertools.pairwise(of_steps)]
-        newest = self._points[-1].tensor
-        wide = torch.promote_types(newest.dtype, torch.float32)
-        return _weighted(weights, [point.tensor.to(wide) for point in self._points]).to(newest.dtype)
+        dtype = self._points[-1].tensor.dtype
+        if dtype.itemsize >= torch.float32.itemsize:
+            return _weighted(weights, [point.tensor for point in self._points])
+        return _weighted(weights, [point.tensor.float() for point in self._points]).to(dtype)
 
     def _held(self) -> tuple[Number, Number]:
         """What the way along line and bend is multiplied by, and in it the bend, both between 0 and 1."""
@@ -154,18 +159,14 @@ class _Point:
     def __init__(self, place: float, tensor: torch.Tensor) -> None:
         self.place = place
         self.tensor = tensor
+        self._sample = sampled(tensor).float()
         self._step: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @cached_property
-    def sample(self) -> torch.Tensor:
-        """Some of its elements, in float32."""
-        return sampled(self.tensor).float()
-
     def step_from(self, before: _Point) -> torch.Tensor:
-        """From the sample of the point before to this one's. Kept with that sample, not with the point, which
-        would keep the one before."""
-        if self._step is None or self._step[0] is not before.sample:
-            self._step = before.sample, self.sample - before.sample
+        """From some of the elements of the point before to those of this one, in float32. Kept with those,
+        not with the point, which would keep the one before."""
+        if self._step is None or self._step[0] is not before._sample:
+            self._step = before._sample, self._sample - before._sample
         return self._step[1]
 
 

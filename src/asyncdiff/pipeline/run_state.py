@@ -21,7 +21,6 @@ from asyncdiff.pipeline.runs import PlacedCall
 from asyncdiff.pipeline.timesteps import input_scale, other_step_names, scaled_part, timestep_name
 from asyncdiff.protocol.messages import Condition, LatentsScale
 from asyncdiff.schedule import Round, Schedule, build_schedule
-from asyncdiff.schedule.ops import Compute
 from asyncdiff.trace import Inputs
 from asyncdiff.tracking import Position
 
@@ -242,8 +241,9 @@ class Conditions:
         `arguments`: timestep argument of the denoiser at steps that are known.
         """
         found: dict[int, Condition] = {}
-        for condition_step, evaluated in _condition_steps(round_, self._settings.time_shift).items():
-            scale = None if self._settings.forecast == "latents" else self._scale(evaluated)
+        shift = 1 if self._settings.time_shift and not round_.in_order else 0
+        for condition_step in round_.condition_steps:
+            scale = None if self._settings.forecast == "latents" else self._scale(condition_step + shift)
             if condition_step == self._call.position.step and scale is None:
                 continue
             timestep = (
@@ -307,14 +307,3 @@ def timestep_argument(inputs: Inputs) -> Any:
     """The denoiser's timestep: a tensor or a number; None where it has none."""
     name = timestep_name(inputs.names)
     return None if name is None else inputs.leaves[inputs.names.index(name)]
-
-
-def _condition_steps(round_: Round, time_shift: bool) -> dict[int, int]:
-    """Condition step -> the step that the evaluation belongs to, over all computes of a round."""
-    shift = 1 if time_shift and not round_.in_order else 0
-    return {
-        op.condition_step: op.condition_step + shift
-        for ops in round_.ops
-        for op in ops
-        if isinstance(op, Compute)
-    }

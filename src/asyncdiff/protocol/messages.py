@@ -10,8 +10,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncdiff.schedule.ops import Op
-
 
 @dataclass(frozen=True)
 class WorkerHello:
@@ -186,12 +184,12 @@ class RoundInfo:
 
 @dataclass(frozen=True)
 class RoundMessage:
-    """Run this rank's operations of one round. `ended_runs`: runs whose states may be forgotten. `is_void`:
-    only take part in the transfers; the round does not happen, or happens again."""
+    """Run this rank's operations of one round. `ops`: of `Round.packed`. `ended_runs`: runs whose states may
+    be forgotten. `is_void`: only take part in the transfers; the round does not happen, or happens again."""
 
     session: int
     info: RoundInfo
-    ops: tuple[Op, ...]
+    ops: bytes
     inputs: tuple[InputItem, ...]
     ended_runs: tuple[int, ...] = ()
     is_void: bool = False

@@ -417,7 +417,7 @@ class RemoteExecutor:
             RoundMessage(
                 session=self._session,
                 info=self._info_for(call.round.ops[rank], call.info),
-                ops=call.round.ops[rank],
+                ops=call.round.packed[rank],
                 inputs=tuple(items),
                 ended_runs=self._ended,
             )
@@ -558,7 +558,7 @@ class RemoteExecutor:
         for rank, connection in self._connections():
             if call.round.ops[rank] and rank not in announcement.ranks and not connection.is_gone:
                 connection.send(
-                    RoundMessage(self._session, call.info, call.round.ops[rank], inputs=(), is_void=True)
+                    RoundMessage(self._session, call.info, call.round.packed[rank], inputs=(), is_void=True)
                 )
         self._interpreter.skip_round(call.task(0), self._lost)
 

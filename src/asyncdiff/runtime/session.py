@@ -36,6 +36,7 @@ from asyncdiff.runtime.executor import process_report
 from asyncdiff.runtime.interpreter import RoundTask, StageInterpreter
 from asyncdiff.runtime.link import Parcel, Pending, Stream
 from asyncdiff.runtime.transport import Transport, open_transport
+from asyncdiff.schedule.rounds import unpacked
 from asyncdiff.stage import StageReplica
 from asyncdiff.trace.tensors import no_gradients
 from asyncdiff.weights import (
@@ -224,10 +225,11 @@ class WorkerSession:
                 else:
                     arriving[item.name] = pending
         held.update({name: pending.wait() for name, pending in arriving.items()})
-        info = replace(
-            message.info, conditions={step: _received(each) for step, each in message.info.conditions.items()}
-        )
-        return RoundTask(info, message.ops, tensors={item.name: held[item.name] for item in message.inputs})
+        info = message.info
+        if info.conditions:
+            info = replace(info, conditions={step: _received(each) for step, each in info.conditions.items()})
+        tensors = {item.name: held[item.name] for item in message.inputs}
+        return RoundTask(info, unpacked(message.ops), tensors)
 
     def _await_abort(self, run: int) -> None:
         with self._abort_noted:

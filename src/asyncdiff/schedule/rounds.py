@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from asyncdiff.schedule.ops import Compute, Op
 
@@ -33,6 +34,23 @@ class Round:
             for op in ops
             if isinstance(op, Compute) and op.latents_step != op.input_step
         )
+
+    @cached_property
+    def condition_steps(self) -> tuple[int, ...]:
+        """The steps whose timesteps its evaluations are given."""
+        return tuple({op.condition_step for ops in self.ops for op in ops if isinstance(op, Compute)})
+
+    @cached_property
+    def packed(self) -> tuple[bytes, ...]:
+        """Every worker's operations as they travel; made once for all runs that have this round."""
+        return tuple(pickle.dumps(ops, protocol=5) for ops in self.ops)
+
+
+@lru_cache(maxsize=1024)
+def unpacked(ops: bytes) -> tuple[Op, ...]:
+    """A worker's operations, from `Round.packed`; kept, because the next run probably has the same."""
+    found: tuple[Op, ...] = pickle.loads(ops)
+    return found
 
 
 @dataclass(frozen=True)
