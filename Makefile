@@ -49,7 +49,7 @@ benchmarks: $(INSTALLED)
 		--json docs/benchmarks/run-sd21.json --csv docs/benchmarks/run-sd21.csv --html docs/benchmarks/run-sd21.html
 	$(BIN)/asyncdiff bench --arch sdxl --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 12 \
 		--json docs/benchmarks/run-sdxl.json --csv docs/benchmarks/run-sdxl.csv --html docs/benchmarks/run-sdxl.html
-	$(BIN)/asyncdiff bench --arch sd3 --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 12 \
+	$(BIN)/asyncdiff bench --arch sd3 --size 256 --dtype float32 --devices 2 --configs 2x1 --steps 12 \
 		--json docs/benchmarks/run-sd3.json --csv docs/benchmarks/run-sd3.csv --html docs/benchmarks/run-sd3.html
 	$(BIN)/python -m asyncdiff.bench.exchange --json docs/benchmarks/exchange.json
 	$(BIN)/python -m asyncdiff.bench.start_up --arch sdxl --size 64 --dtype bfloat16 --json docs/benchmarks/start-up.json

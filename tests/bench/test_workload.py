@@ -68,3 +68,10 @@ def test_random_weights_are_in_bfloat16_where_it_is_computed(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can_do)
     assert dtype_of_random_weights(devices) == dtype
+
+
+def test_weights_of_a_denoiser_are_its_buffers_too() -> None:
+    subject = load(Workload("demo", None, 64, "float32"), "cpu")
+    before = denoiser_bytes(subject)
+    subject.pipe.denoiser.register_buffer("positions", torch.zeros(1000))
+    assert denoiser_bytes(subject) == before + 4000

@@ -19,6 +19,7 @@ from asyncdiff.bench.loading import load_pipeline
 from asyncdiff.bench.timed_run import StepEnds, TimedRun
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.pipeline.denoiser import denoisers_of
+from asyncdiff.weights import resident_bytes
 
 DEMO = "demo"
 
@@ -136,9 +137,5 @@ def run_timed(subject: Subject, num_steps: int) -> TimedRun:
 
 
 def denoiser_bytes(subject: Subject) -> int:
-    """Bytes of all parameters of the denoiser, or of all denoisers; while they are whole."""
-    return sum(
-        parameter.nbytes
-        for denoiser in denoisers_of(subject.pipe).values()
-        for parameter in denoiser.parameters()
-    )
+    """Bytes of all parameters and buffers of the denoiser, or of all denoisers; while they are whole."""
+    return sum(map(resident_bytes, denoisers_of(subject.pipe).values()))
