@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -308,13 +309,13 @@ def _profile(subject: Subject, threads: int | None) -> _Costs:
 def _busy_speed(subject: Subject, neighbour: WholeModelProcess, threads: int | None) -> float:
     """What part of its speed a process keeps while this one works too."""
     from asyncdiff.bench.threads import intra_op_threads
+    from asyncdiff.bench.whole_model import measure_together
     from asyncdiff.bench.workload import run_timed
 
     alone_s = statistics.median(neighbour.measure(_CEILING_STEPS, threads).step_seconds())
-    neighbour.start(_CEILING_STEPS, threads)
-    with intra_op_threads(threads):
-        run_timed(subject, _CEILING_STEPS)  # longer than the neighbour's: it has a ControlNet
-    return min(1.0, alone_s / statistics.median(neighbour.result().step_seconds()))
+    with intra_op_threads(threads):  # the run here is longer than the neighbour's: it has a ControlNet
+        _, busy = measure_together([neighbour], _CEILING_STEPS, threads, partial(run_timed, subject))
+    return min(1.0, alone_s / statistics.median(busy.step_seconds()))
 
 
 def _run(

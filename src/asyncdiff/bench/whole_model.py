@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -85,12 +85,17 @@ class WholeModelProcess:
 
 
 def measure_together(
-    wholes: Sequence[WholeModelProcess], steps: int, threads: int | None = 1
+    wholes: Sequence[WholeModelProcess],
+    steps: int,
+    threads: int | None = 1,
+    here: Callable[[int], TimedRun] | None = None,
 ) -> list[TimedRun]:
-    """One run of each at the same time: what the machine can do at once, shared memory and heat included."""
+    """One run of each at the same time: what the machine can do at once, shared memory and heat included.
+    `here`: from a number of steps to a run in this process, which comes first in the list."""
     for whole in wholes:
         whole.start(steps, threads)
-    return [whole.result() for whole in wholes]
+    own = [] if here is None else [here(steps)]
+    return own + [whole.result() for whole in wholes]
 
 
 def main() -> None:

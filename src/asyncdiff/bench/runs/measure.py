@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -44,7 +45,7 @@ from asyncdiff.bench.steady import (
 )
 from asyncdiff.bench.threads import intra_op_threads
 from asyncdiff.bench.timed_run import TimedRun
-from asyncdiff.bench.whole_model import WholeModelProcess
+from asyncdiff.bench.whole_model import WholeModelProcess, measure_together
 from asyncdiff.bench.workload import Subject, Workload, denoiser_bytes, load, run_timed
 from asyncdiff.config import available_cores
 from asyncdiff.errors import AsyncDiffError, ConfigurationError
@@ -86,7 +87,7 @@ def run_bench(
             other.wait_ready()
         installed = stack.enter_context(_Installed(subject))
         progress("Untimed runs in order", 0, 0)
-        _run_together(subject, others, _UNTIMED_STEPS, threads)
+        measure_together(others, _UNTIMED_STEPS, threads, partial(run_timed, subject))
         resident_bytes, peak_bytes = resident_bytes_of_process(), device_peak_bytes_of_process()
         ways, skipped = _prepare(
             installed, configurations, devices, warmup_steps, threads, skip_refused, progress
@@ -145,16 +146,6 @@ class _Way:
         self.runs.append(run)
         self.report = report
         self.rounds += steady_rounds(report, run, self.first_steady_step, self.configuration.stride)
-
-
-def _run_together(
-    subject: Subject, others: Sequence[WholeModelProcess], steps: int, threads: int | None
-) -> list[TimedRun]:
-    """One run of each whole model at the same time: what the machine can do at once, shared memory and heat
-    included."""
-    for other in others:
-        other.start(steps, threads)
-    return [run_timed(subject, steps), *(other.result() for other in others)]
 
 
 class _Installed:
@@ -311,7 +302,8 @@ class _Rounds:
     def _measure_limit(self, count: int, where: str, total: int) -> None:
         subject, steps = self._installed.subject, min(self._steps, _LIMIT_STEPS)
         self._tell(f"{count} whole models at once, {where}", total)
-        self.together[count].append(_run_together(subject, self._others[: count - 1], steps, self._threads))
+        others, here = self._others[: count - 1], partial(run_timed, subject)
+        self.together[count].append(measure_together(others, steps, self._threads, here))
         if self._on_cpu:
             threads = count * (self._threads or 1)
             self._tell(f"One process with {threads} threads, {where}", total)
