@@ -21,6 +21,7 @@ from asyncdiff.bench.progress import Progress, no_progress
 from asyncdiff.bench.step_clock import StepClock
 from asyncdiff.demo import DEMO_CAPTIONS, DEMO_MODELS, DemoModel, load_demo_pipeline
 from asyncdiff.pipeline import RunReport, parallelize, plan
+from asyncdiff.weights import resident_bytes
 
 _UNTIMED_STEPS = 6
 _AMPLIFICATION = 8.0
@@ -142,7 +143,7 @@ def run_demo(
             **bundled.call_arguments,
         }
         chosen = plan(pipe, list(devices), partition=_PARTITION, profile=True, example=example, **split)
-        whole_bytes = sum(parameter.nbytes for parameter in getattr(pipe, bundled.name).parameters())
+        whole_bytes = resident_bytes(getattr(pipe, bundled.name))
         progress("Starting the workers", 0, 0)
         in_order, parallel = [], []
         with parallelize(pipe, list(devices), plan=chosen) as handle:

@@ -102,6 +102,7 @@ def write_folder(arch: str, dtype: str, path: Path) -> ModelFolder:
     import torch
 
     from asyncdiff.bench.architectures import architecture_named, build_denoiser
+    from asyncdiff.weights import resident_bytes
 
     architecture = architecture_named(arch)
     _tiny_rest(arch).save_pretrained(path)
@@ -111,7 +112,7 @@ def write_folder(arch: str, dtype: str, path: Path) -> ModelFolder:
     denoiser.save_pretrained(path / architecture.component)
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     absent = tuple(name for name, entry in index.items() if entry == [None, None])
-    return ModelFolder(path, absent, sum(parameter.nbytes for parameter in denoiser.parameters()))
+    return ModelFolder(path, absent, resident_bytes(denoiser))
 
 
 def _tiny_rest(arch: str) -> Any:
