@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 import pytest
 import torch
@@ -139,3 +141,20 @@ def test_a_slot_takes_one_descriptor_on_either_side(pair: list[SharedMemoryTrans
         exchange(pair, torch.zeros(10))
         exchange(pair, torch.zeros(10), source=1)
     assert len(os.listdir("/proc/self/fd")) - before == len(mappings()) - slots <= 8
+
+
+def test_no_python_code_runs_when_a_tensor_is_dropped(pair: list[SharedMemoryTransport]) -> None:
+    """What is called back then may raise nothing: a Ctrl-C that Python code there notices would be lost."""
+    received = [exchange(pair, torch.ones(1000))]
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        received.clear()
+    finally:
+        sys.setprofile(None)
+    assert called == []

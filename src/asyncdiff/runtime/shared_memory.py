@@ -21,8 +21,7 @@ import struct
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -83,15 +82,19 @@ class _Slot:
         self.memory = mmap.mmap(descriptor, size)
         self.last_use = 0
 
-    def tensor(
-        self, dtype: torch.dtype, count: int, on_release: Callable[[], None] | None = None
-    ) -> torch.Tensor:
-        """The slot's first elements. `on_release` is called when no tensor of this call lies there any
-        more."""
-        view = memoryview(self.memory)
-        if on_release is not None:
-            weakref.finalize(view, on_release).atexit = False
-        return torch.frombuffer(view, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+    def view(self) -> memoryview:
+        """To be made a tensor; kept as long as any tensor lies there."""
+        return memoryview(self.memory)
+
+
+class _Loan(weakref.ref[memoryview]):
+    """A slot that tensors lie in. When they are gone, it goes where `on_release` puts it.
+
+    `on_release` must be written in C: a Ctrl-C that comes while Python code is called back is swallowed.
+    """
+
+    __slots__ = ("slot",)
+    slot: int
 
 
 class _Peer:
@@ -104,7 +107,8 @@ class _Peer:
         self._own: dict[int, _Slot] = {}
         self._free: set[int] = set()
         self._foreign: dict[int, _Slot] = {}
-        self._released: deque[int] = deque()
+        self._loans: dict[int, _Loan] = {}
+        self._released: deque[_Loan] = deque()
         self._num_sent = 0
         self._num_slots = 0
         self._arrived: dict[int, deque[int]] = {stream: deque() for stream in Stream}
@@ -123,7 +127,7 @@ class _Peer:
             descriptors = []
         slot = self._own[number]
         slot.last_use = self._num_sent
-        slot.tensor(flat.dtype, flat.numel()).copy_(flat)
+        _first_elements(slot.view(), flat.dtype, flat.numel()).copy_(flat)
         try:
             self._tell(_FILLED, stream, number, slot.size, descriptors)
         finally:
@@ -182,9 +186,11 @@ class _Peer:
 
     def _fill(self, pending: _SharedPending, number: int) -> None:
         spec = dense_spec(pending.spec)
-        flat = self._foreign[number].tensor(
-            getattr(torch, spec.dtype), math.prod(spec.shape), partial(self._released.append, number)
-        )
+        view = self._foreign[number].view()
+        loan = _Loan(view, self._released.append)
+        loan.slot = number
+        self._loans[number] = loan
+        flat = _first_elements(view, getattr(torch, spec.dtype), math.prod(spec.shape))
         pending.tensor = flat.as_strided(spec.shape, spec.stride)
 
     def _tell(self, what: int, stream: int, number: int, size: int, descriptors: Sequence[int] = ()) -> None:
@@ -250,7 +256,13 @@ class _Peer:
             return
         with interrupts_deferred():
             while self._released:
-                self._tell(_RETURNED, 0, self._released.popleft(), 0)
+                number = self._released.popleft().slot
+                del self._loans[number]
+                self._tell(_RETURNED, 0, number, 0)
+
+
+def _first_elements(view: memoryview, dtype: torch.dtype, count: int) -> torch.Tensor:
+    return torch.frombuffer(view, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
 
 class _SharedPending:
