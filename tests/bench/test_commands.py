@@ -40,6 +40,7 @@ def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int
         ("traffic", ["--arch", "unheard-of"], "--arch unheard-of is not known"),
         ("unequal", ["--speed", "1.5"], "--speed 1.5: must be above 0, and 1 at most"),
         ("unequal", ["--steps", "0"], "--steps 0: must be 1 or more"),
+        ("unequal", ["--dtype", "int8"], "--dtype int8: must be float32, bfloat16 or float16"),
         ("traffic", ["--json", "/no/such/folder/figures.json"], "does not exist"),
     ],
 )

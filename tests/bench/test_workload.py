@@ -67,7 +67,8 @@ def test_random_weights_are_in_bfloat16_where_it_is_computed(
     can_do: dict[str, bool], devices: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can_do)
-    assert dtype_of_random_weights(devices) == dtype
+    assert dtype_of_random_weights("auto", devices) == dtype
+    assert dtype_of_random_weights("float16", devices) == "float16"
 
 
 def test_weights_of_a_denoiser_are_its_buffers_too() -> None:

@@ -44,6 +44,15 @@ DtypeOption: TypeAlias = Annotated[
     str, typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Of the weights.")
 ]
 
+TimedDtypeOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="auto|float32|bfloat16|float16",
+        help="Of the weights; 'auto' is bfloat16, or float32 on CPUs that cannot compute it.",
+    ),
+]
+
 
 def run_command(command: Callable[..., None]) -> None:
     """Run as a command of its own; a mistake in the arguments is one line and exit code 2, a worker that
@@ -65,6 +74,15 @@ def check_dtype(name: str) -> str:
     if name not in ("float32", "bfloat16", "float16"):
         raise ConfigurationError(f"--dtype {name}: must be float32, bfloat16 or float16.")
     return name
+
+
+def timed_dtype(name: str, devices: Sequence[str]) -> str:
+    """Of weights that are computed with on these devices: `name`, or what "auto" stands for there."""
+    if name != "auto":
+        return check_dtype(name)
+    from asyncdiff.bench.workload import dtype_of_random_weights
+
+    return dtype_of_random_weights(name, devices)
 
 
 def check_at_least(option: str, value: float, least: float) -> None:

@@ -354,7 +354,7 @@ def controlnet(
         str, typer.Option(help="Built with random weights: controlnet-sd15 or controlnet-sdxl.")
     ] = "controlnet-sdxl",
     size: Annotated[int, typer.Option(metavar="PIXELS", help="Height and width of the picture.")] = 256,
-    dtype: command.DtypeOption = "bfloat16",
+    dtype: command.TimedDtypeOption = "auto",
     devices: command.DevicesOption = "cpu,cpu",
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 12,
     runs: Annotated[int, typer.Option(help="Times everything is done.")] = 3,
@@ -365,10 +365,10 @@ def controlnet(
     json_file: command.JsonOption = None,
 ) -> None:
     """Predict and measure what a device of its own for the ControlNet brings."""
-    command.check_dtype(dtype)
     command.check_at_least("--steps", steps, _FIRST_STEADY + 2)
     command.check_at_least("--runs", runs, 1)
     names = _device_names(devices)
+    dtype = command.timed_dtype(dtype, names)
     result = measure_controlnet(arch=arch, size=size, dtype=dtype, devices=names, steps=steps, runs=runs)
     rows = [result.row(way) for way in WAYS]
     command.show_table(f"{arch}, {size} px, {dtype}: a steady step", _HEADS, rows)

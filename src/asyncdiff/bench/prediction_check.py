@@ -208,7 +208,7 @@ def prediction_check(
         str, typer.Option(help="Denoiser, built with random weights: sd15, sd21, sdxl ...")
     ] = "sd21",
     size: Annotated[int, typer.Option(metavar="PIXELS", help="Height and width of the picture.")] = 256,
-    dtype: command.DtypeOption = "bfloat16",
+    dtype: command.TimedDtypeOption = "auto",
     devices: Annotated[
         str, typer.Option(metavar="N|LIST", help="A number, or names separated by commas.")
     ] = "2",
@@ -220,11 +220,11 @@ def prediction_check(
     json_file: command.JsonOption = None,
 ) -> None:
     """Predict the time of a whole run, make it, and say by how much the prediction was wrong."""
-    command.check_dtype(dtype)
     command.check_at_least("--steps", steps, _WARMUP_STEPS + 1)
     command.check_at_least("--runs", runs, 1)
     command.check_at_least("--guidance-refresh", guidance_refresh, 1)
     names = _device_names(devices)
+    dtype = command.timed_dtype(dtype, names)
     command.check_at_least("--devices", len(names), 2)
     result = check_prediction(
         arch=arch,

@@ -193,18 +193,18 @@ def unequal(
         str, typer.Option(help="Denoiser, built with random weights: sd15, sd21, sdxl ...")
     ] = "sd21",
     size: Annotated[int, typer.Option(metavar="PIXELS", help="Height and width of the picture.")] = 256,
-    dtype: command.DtypeOption = "bfloat16",
+    dtype: command.TimedDtypeOption = "auto",
     speed: Annotated[float, typer.Option(help="Of the slow core, as the split is made for it.")] = 0.5,
     steps: Annotated[int, typer.Option(help="Timed steps of a run.")] = 8,
     runs: Annotated[int, typer.Option(help="Times everything is measured.")] = 3,
     json_file: command.JsonOption = None,
 ) -> None:
     """Step times on a fast and a slow core: of an even split, and of the split for their speeds."""
-    command.check_dtype(dtype)
     command.check_at_least("--steps", steps, 1)
     command.check_at_least("--runs", runs, 1)
     if not 0 < speed <= 1:
         raise ConfigurationError(f"--speed {speed:g}: must be above 0, and 1 at most.")
+    dtype = command.timed_dtype(dtype, _DEVICES)
     result = run_unequal(
         arch=arch, size=size, dtype=dtype, speed=speed, steps=steps, runs=runs, cores=two_cores()
     )

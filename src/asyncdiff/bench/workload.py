@@ -50,9 +50,14 @@ class Workload:
         return ", ".join([*parts, self.dtype if self.dtype != "auto" else "the default dtype"])
 
 
-def dtype_of_random_weights(devices: Sequence[str]) -> str:
-    """bfloat16, as checkpoints are today; float32 where one of the devices is a CPU without instructions for
-    it, on which a step would take many times as long."""
+def dtype_of_random_weights(name: str, devices: Sequence[str]) -> str:
+    """What "auto" stands for on these devices; any other name as it is.
+
+    It is bfloat16, as checkpoints are today, or float32 where one of the devices is a CPU without
+    instructions for that, on which a step would take many times as long.
+    """
+    if name != "auto":
+        return name
     can_do = torch.cpu.get_capabilities()
     has_bfloat16 = any(can_do.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     is_slow = not has_bfloat16 and any(torch.device(name).type == "cpu" for name in devices)

@@ -236,9 +236,7 @@ def _run(request: Request) -> None:
     quiet_libraries()
     from asyncdiff.bench.workload import Workload, dtype_of_random_weights
 
-    dtype = request.dtype
-    if dtype == "auto" and request.model is None:
-        dtype = dtype_of_random_weights(devices)
+    dtype = dtype_of_random_weights(request.dtype, devices) if request.model is None else request.dtype
     workload = Workload(request.arch, request.model, request.size, dtype, request.prompt)
     _announce(request, workload, devices)
     with progress("Starting") as report:
@@ -321,7 +319,7 @@ def step(
         from asyncdiff.bench.step import run_step
         from asyncdiff.bench.workload import dtype_of_random_weights
 
-        chosen = dtype_of_random_weights(names) if dtype == "auto" else dtype
+        chosen = dtype_of_random_weights(dtype, names)
         result = run_step(
             arch=arch,
             size=size,
