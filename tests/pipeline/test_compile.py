@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import asyncdiff
-from asyncdiff.pipeline.installation import DenoiserEntry
+from asyncdiff.pipeline.entry import DenoiserEntry
 from asyncdiff.stage.compiled import CompiledForward
 from asyncdiff.stage.replica import StageReplica
 from asyncdiff.tiny import TINY_PIPELINES, generate

@@ -58,7 +58,7 @@ def test_edited_plan_is_followed(tmp_path: Path) -> None:
     edited = asyncdiff.Plan.from_json(json.dumps(fields))
     with asyncdiff.parallelize(pipe, plan=edited) as handle:
         by_plan = generate(pipe, steps=8)
-        owners = handle._division.installations[0]._owners
+        owners = handle._division.installations[0].structures.owners
     assert {key.path.split(".")[0] for key in owners.stages[0]} <= {"conv_in", "down_blocks"}
     with asyncdiff.parallelize(pipe, num_stages=2, warmup_steps=3, partition=fields["stages"]):
         assert torch.equal(generate(pipe, steps=8), by_plan)
@@ -219,7 +219,7 @@ def test_last_run_says_what_happened(tmp_path: Path) -> None:
         generate(pipe, steps=8, seed=1)
         generate(pipe, steps=7)
         report = handle.last_run
-        ((analysis,),) = handle._division.installations[0]._analyses.values()
+        ((analysis,),) = handle._division.installations[0].structures.analyses.values()
         wiring = analysis.wiring
     assert [step.step for step in report.steps] == list(range(7))
     hidden, prediction = wiring.num_bytes(0, 1), wiring.prediction_bytes

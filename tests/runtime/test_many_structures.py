@@ -12,7 +12,7 @@ from saboteur import Saboteur, order
 
 import asyncdiff
 from asyncdiff.errors import WorkerError
-from asyncdiff.pipeline import installation
+from asyncdiff.pipeline import structures
 from asyncdiff.runtime.local import LocalExecutor
 from asyncdiff.runtime.remote import RemoteExecutor
 from asyncdiff.tiny import TINY_PIPELINES, TinyCall, generate
@@ -42,7 +42,7 @@ def picture(pipe: Any, mask: tuple[bool, ...]) -> torch.Tensor:
 def test_as_many_as_the_limit_says_and_one_that_was_dropped_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(installation, "_MAX_ANALYSES", LIMIT)
+    monkeypatch.setattr(structures, "_MAX_ANALYSES", LIMIT)
     pipe = FAMILY.build()
     masks = [*ALL_MASKS[1:4], ALL_MASKS[1]]
     expected = [picture(pipe, mask) for mask in masks]
@@ -52,7 +52,7 @@ def test_as_many_as_the_limit_says_and_one_that_was_dropped_comes_back(
         (divided,) = handle._division.installations
         executor = divided.executor
         assert isinstance(executor, LocalExecutor)
-        kept = {analysis.number for analyses in divided._analyses.values() for analysis in analyses}
+        kept = {analysis.number for analyses in divided.structures.analyses.values() for analysis in analyses}
         assert len(kept) == LIMIT
         assert all(interpreter._wirings.keys() == kept for interpreter in executor._interpreters)
         for replica in executor._replicas.values():
@@ -61,7 +61,7 @@ def test_as_many_as_the_limit_says_and_one_that_was_dropped_comes_back(
 
 
 def test_of_many_resolutions_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "_MAX_STRUCTURES", LIMIT)
+    monkeypatch.setattr(structures, "_MAX_STRUCTURES", LIMIT)
     family = TINY_PIPELINES["sd15"]
     pipe = family.build()
     sizes = [16, 32, 48, 16, 48]
@@ -71,7 +71,7 @@ def test_of_many_resolutions_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch
             assert torch.equal(generate(family, pipe, height=size, width=size), alone)
         (divided,) = handle._division.installations
         assert isinstance(divided.executor, LocalExecutor)
-        kept = {analysis.number for analyses in divided._analyses.values() for analysis in analyses}
+        kept = {analysis.number for analyses in divided.structures.analyses.values() for analysis in analyses}
         assert kept == {2, 3}, "the fourth is a new one, the fifth was there"
         assert all(replica._specs.keys() == kept for replica in divided.executor._replicas.values())
 
@@ -96,8 +96,8 @@ def test_fifty_masks_in_two_processes(tmp_path: Path) -> None:
         assert executor._interpreter is not None
         assert executor._replica is not None
         for kept in (executor._needed, executor._interpreter._wirings, executor._replica._specs):
-            assert len(kept) == installation._MAX_ANALYSES
+            assert len(kept) == structures._MAX_ANALYSES
         order(orders, "tell prepared")
-        with pytest.raises(WorkerError, match=rf"rank 1 .*prepared at most {installation._MAX_ANALYSES}\b"):
+        with pytest.raises(WorkerError, match=rf"rank 1 .*prepared at most {structures._MAX_ANALYSES}\b"):
             picture(pipe, masks[0])
         assert torch.equal(picture(pipe, masks[2]), expected[2])

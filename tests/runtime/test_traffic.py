@@ -122,7 +122,7 @@ def test_each_process_holds_its_own_weights_only() -> None:
     plain = generate(pipe)
     handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 3)
     generate(pipe)
-    ((analysis,),) = handle._division.installations[0]._analyses.values()
+    ((analysis,),) = handle._division.installations[0].structures.analyses.values()
     expected = [sum(sizes[name] for name in analysis.specs[stage].tensors) for stage in range(3)]
     stand_in = next(pipe.unet.parameters()).element_size()  # one element, for `.device`
     held = handle.last_run.weight_bytes

@@ -33,10 +33,11 @@ from asyncdiff.pipeline.denoiser import (
 )
 from asyncdiff.pipeline.devices import Placement, have_room, settle_placement
 from asyncdiff.pipeline.division import Division
+from asyncdiff.pipeline.entry import DenoiserEntry
 from asyncdiff.pipeline.forward import current_forward
 from asyncdiff.pipeline.guards import refuse_other_ways
 from asyncdiff.pipeline.handle import Handle, WorkerInfo
-from asyncdiff.pipeline.installation import DenoiserEntry, Installation, TwoGroups
+from asyncdiff.pipeline.installation import Installation, TwoGroups
 from asyncdiff.pipeline.partition_request import PartitionRequest, check_partition
 from asyncdiff.pipeline.profiling import profile_pipeline
 from asyncdiff.pipeline.scheduler_lookup import is_guided

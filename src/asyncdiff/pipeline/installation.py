@@ -7,34 +7,24 @@ predictions.
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from asyncdiff.config import MAX_GROUPS, Settings
 from asyncdiff.errors import ConfigurationError, ParallelizedError, WeightsLostError
-from asyncdiff.graph import Partition
-from asyncdiff.guidance import PartsMemory, SharedBatch, batch_size, find_shared_batch
-from asyncdiff.pipeline.analysis import (
-    Analysis,
-    analyse,
-    analyse_again,
-    first_plan,
-    record_call,
-)
-from asyncdiff.pipeline.denoiser import refuse_compiled, refuse_offloading
-from asyncdiff.pipeline.devices import have_room
+from asyncdiff.guidance import PartsMemory, SharedBatch, batch_size
+from asyncdiff.pipeline.analysis import Analysis
+from asyncdiff.pipeline.entry import ContextNames, DenoiserEntry, NamedContext
 from asyncdiff.pipeline.forward import current_forward, put_forward
-from asyncdiff.pipeline.guards import guard_names, install_guards, refuse_other_ways, remove_guards
+from asyncdiff.pipeline.guards import install_guards, remove_guards
 from asyncdiff.pipeline.next_round import Seen, following_round, in_advance, seen
 from asyncdiff.pipeline.noise_scheduler import scaled_inputs_of
 from asyncdiff.pipeline.partition_request import PartitionRequest
@@ -49,56 +39,24 @@ from asyncdiff.pipeline.run_state import (
 )
 from asyncdiff.pipeline.runs import PlacedCall, Runs
 from asyncdiff.pipeline.scheduler_lookup import calling_pipeline, is_guided
+from asyncdiff.pipeline.structures import Structures
 from asyncdiff.pipeline.timesteps import scaled_part, timestep_name
 from asyncdiff.pipeline.turns import Turns
 from asyncdiff.pipeline.user_warning import warn_user
 from asyncdiff.planner import Plan
 from asyncdiff.protocol.messages import RoundInfo
-from asyncdiff.runtime.awaited import arrived
 from asyncdiff.runtime.executor import Executor, RoundCall
 from asyncdiff.runtime.groups import Groups
-from asyncdiff.runtime.interrupts import interrupts_deferrable, interrupts_deferred
+from asyncdiff.runtime.interrupts import interrupts_deferrable
 from asyncdiff.schedule import Schedule
 from asyncdiff.trace import Inputs, flatten_inputs
 from asyncdiff.trace.tensors import no_gradients
 from asyncdiff.tracking import Position
-from asyncdiff.weights import Skeleton, dump_skeleton, merged_adapters
-
-if TYPE_CHECKING:
-    from asyncdiff.pipeline.handle import Handle
 
 _SHORT_RUN_MARGIN = 3
 # With fewer (k = 4 at 20 steps) the bundled U-Net's pictures are below 30 dB at guidance 7.5; with 9 (k = 2)
 # above 40 dB (docs/fidelity.md).
 _FEW_REFRESHES = 8
-# How many analyses of one input structure are kept, which differ in what steers the forward (a prompt's
-# mask). The calls of one step may each have one.
-_MAX_ANALYSES = 8
-_MAX_STRUCTURES = 32  # resolutions, batch sizes, ControlNet or none ...
-
-
-class DenoiserEntry:
-    """The instance-level forward of a parallelized denoiser."""
-
-    def __init__(self, installation: Installation, forward: Callable[..., Any]) -> None:
-        self._installation = installation
-        self.handle: Handle | None = None
-        self.__signature__ = inspect.signature(forward)
-        self.__doc__ = forward.__doc__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserEntry:
-        raise ParallelizedError(
-            "The denoiser cannot be copied while it is divided over devices. Call handle.remove() first."
-        )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return self._call_uncompiled(*args, **kwargs)
-        return self._installation.call(args, kwargs)
-
-    @torch.compiler.disable
-    def _call_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        return self._installation.call(args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -149,25 +107,17 @@ class Installation:
         self._two_groups = two_groups
         self._chose_groups = False
         self.settings = settings
-        self.plan = plan
-        self._devices = devices
-        self._partition = partition
+        self.structures = Structures(
+            pipe, name, denoiser, devices, partition=partition, plan=plan, threads=threads, ships=ships
+        )
         self._threads = threads
-        self._ships = ships
         self.device = torch.device(devices[0])
         self.dtype = next(denoiser.parameters()).dtype
         self._forward = type(denoiser).forward
         self._forward_before = current_forward(denoiser)
         self._lock = lock
-        self._skeleton: Skeleton | None = None
-        self._installed: Skeleton | None = None
-        self._owners: Partition | None = None
-        self._analyses: dict[Any, list[Analysis]] = {}
-        self._analysis_numbers = itertools.count()
-        self._retired: list[int] = []
         scale = getattr(getattr(denoiser, "config", None), "timestep_scale", None)
         self._runs = Runs(name, () if scale is None else (float(scale),))
-        self._shared_batches: dict[Any, SharedBatch | None] = {}
         self._parts_memory: dict[tuple[int, Any], PartsMemory] = {}
         self._turns = Turns()
         self._guided: dict[int, GuidedRun] = {}
@@ -177,19 +127,18 @@ class Installation:
         self._seen: dict[Any, list[Seen]] = {}
         self._calls: dict[int, list[CallRecord]] = {}
         self.last_call: tuple[float, int] | None = None  # when it ended, and its run
-        self._context = _ContextNames()
+        self._context = ContextNames()
         self._is_changed = False
-        self._merged = merged_adapters(denoiser)
         self._removed = False
 
     # -- in and out ------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Put the entry in the place of the denoiser's forward, and listen to the noise scheduler."""
-        put_forward(self.denoiser, DenoiserEntry(self, self._forward_before))
+        put_forward(self.denoiser, DenoiserEntry(self.call, self._forward_before))
         if hasattr(type(self.denoiser), "cache_context"):
             original = getattr(self.denoiser, "cache_context")  # noqa: B009 (mypy takes it for a submodule)
-            vars(self.denoiser)["cache_context"] = _NamedContext(self._context, original)
+            vars(self.denoiser)["cache_context"] = NamedContext(self._context, original)
         self._install_guards()
         self._runs.listen(self.pipe)
 
@@ -217,13 +166,12 @@ class Installation:
         """
         with self._lock:
             self._bring_home()
-            self._skeleton = self._installed = None
-            self._forget_structures()
+            self.structures.forget_weights()
             remove_guards(self.denoiser)
             try:
                 yield
             finally:
-                self._merged = merged_adapters(self.denoiser)
+                self.structures.note_weights()
                 self._install_guards()
 
     def note_change(self) -> None:
@@ -231,9 +179,17 @@ class Installation:
         self._is_changed = True
 
     @property
+    def plan(self) -> Plan | None:
+        """What runs where; None before the first call, unless it was given."""
+        return self.structures.plan
+
+    @property
     def executor(self) -> Executor:
         """Of the group that the driver computes in."""
         return self.groups.first
+
+    def _analysis(self, inputs: Inputs) -> Analysis:
+        return self.structures.analysis(inputs, self.settings, self.groups)
 
     def _install_guards(self) -> None:
         install_guards(self.denoiser, self.device, self.dtype, self)
@@ -553,7 +509,7 @@ class Installation:
             scaled = scaled_part(latents, scaled_inputs_of(call.scheduler))
             own = latents if scaled is None else latents.narrow(scaled[0], 0, scaled[1])
             if batch_size(inputs) % 2 == 0 and torch.equal(*own.chunk(2)):
-                shared = self._find_shared_batch(inputs, 2)
+                shared = self.structures.shared_batch(inputs, 2)
                 if shared is not None:
                     return Halves(key, step, shared)
             return f"a denoiser call has a batch of {batch_size(inputs)}, which is not guidance's two halves"
@@ -604,10 +560,9 @@ class Installation:
         if alternative is None:
             return
         pipe = calling_pipeline(self.denoiser, self.name) or self.pipe
-        if is_guided(pipe) is False or self._find_shared_batch(inputs, 2) is None:
+        if is_guided(pipe) is False or self.structures.shared_batch(inputs, 2) is None:
             return
-        assert self._skeleton is not None
-        if self._ships and not have_room(self._devices, self._skeleton.num_bytes / alternative.num_stages):
+        if not self.structures.have_room(alternative.num_stages):
             return
         groups = alternative.open()
         self.groups.close()
@@ -619,24 +574,14 @@ class Installation:
         if self.settings.groups == 1:
             return None
         ways = (
-            self._find_shared_batch(inputs, num_parts) for num_parts in range(self.settings.groups, 1, -1)
+            self.structures.shared_batch(inputs, num_parts)
+            for num_parts in range(self.settings.groups, 1, -1)
         )
         shared = next((way for way in ways if way is not None), None)
         is_second_step = call.position.new_step and call.position.step == 1
         if shared is None and is_second_step and self._turns.num_calls(call.run) == 1:
             self._tell_of_unshared(batch_size(inputs))
         return shared
-
-    def _find_shared_batch(self, inputs: Inputs, num_parts: int) -> SharedBatch | None:
-        key = (inputs.key(), num_parts)
-        if key not in self._shared_batches:
-            while len(self._shared_batches) >= _MAX_STRUCTURES:
-                self._shared_batches.pop(next(iter(self._shared_batches)))
-            self._skeleton = self._skeleton or self._dump()
-            self._shared_batches[key] = find_shared_batch(
-                self._skeleton, all_arrived(inputs), num_parts, self.device
-            )
-        return self._shared_batches[key]
 
     def _tell_of_unshared(self, batch: int) -> None:
         groups = self.settings.groups
@@ -664,7 +609,7 @@ class Installation:
             self._check_length(call.position)
         if call.is_new_run or self._is_changed:
             self._is_changed = False
-            self._follow_changes()
+            self.structures.follow_changes()
         return call
 
     def _check_length(self, position: Position) -> None:
@@ -702,105 +647,6 @@ class Installation:
         self._calls = {run: calls for run, calls in self._calls.items() if run not in ended}
         self.groups.end_runs(ended)
 
-    # -- structures ------------------------------------------------------------------------------------------
-
-    def _analysis(self, inputs: Inputs) -> Analysis:
-        """What was longest not asked for makes room: of all structures, and of the calls of one."""
-        key = inputs.key()
-        known = self._analyses[key] = self._analyses.pop(key, [])  # the newest is last
-        while len(self._analyses) > _MAX_STRUCTURES:
-            oldest = self._analyses.pop(next(iter(self._analyses)))
-            self._retired.extend(analysis.number for analysis in oldest)
-        for index, analysis in enumerate(known):
-            if analysis.covers(inputs):
-                known.append(known.pop(index))
-                return analysis
-        while len(known) >= _MAX_ANALYSES:
-            self._retired.append(known.pop(0).number)
-        known.append(self._analyse(inputs))
-        return known[-1]
-
-    def _analyse(self, inputs: Inputs) -> Analysis:
-        """The first call settles the plan and ships the weights; later ones keep every block where it is."""
-        unloaded = any(parameter.is_meta for parameter in self.denoiser.parameters())
-        weights_at_hand = not unloaded and (self._installed is None or not self._ships)
-        self._skeleton = self._skeleton or self._dump()
-        inputs = all_arrived(inputs)
-        recording = record_call(
-            self.denoiser, self._skeleton, inputs, self.device, weights_at_hand=weights_at_hand
-        )
-        number = next(self._analysis_numbers)
-        if self._owners is None:
-            self.plan = self.plan or first_plan(
-                recording,
-                self.settings,
-                self._devices,
-                self._partition,
-                weights=self._skeleton,
-                dtype=self.dtype,
-                threads_per_device=self._threads,
-            )
-            analysis = analyse(number, recording, inputs, self.plan)
-            self._owners = analysis.partition
-        else:
-            assert self.plan is not None
-            analysis = analyse_again(number, recording, inputs, self.plan, self._owners)
-        if self._skeleton is not self._installed:
-            self._install_weights(analysis)
-            self._installed = self._skeleton
-        self.groups.prepare(number, analysis.specs, analysis.wiring, tuple(self._retired))
-        self._retired.clear()
-        return analysis
-
-    def _install_weights(self, analysis: Analysis) -> None:
-        assert self._skeleton is not None
-        replicated = analysis.partition.replicated_stage
-        stages = range(self.settings.num_stages)
-        rank_stages = (*stages, *(replicated for _ in range(self.settings.stride - 1)))
-        self.groups.install(
-            self.denoiser,
-            self._skeleton,
-            rank_stages,
-            {stage: spec.tensors for stage, spec in analysis.specs.items()},
-        )
-
-    def _follow_changes(self) -> None:
-        """What was changed on the denoiser since the last run (processors, FreeU, adapter scales) is passed
-        on.
-
-        Weights that were changed past the guards (by a function of peft, by another pipeline that shares the
-        denoiser) cannot be: they are elsewhere.
-        """
-        if self._skeleton is None:
-            return
-        skeleton = self._dump()
-        if skeleton.payload == self._skeleton.payload:
-            return
-        if skeleton.specs != self._skeleton.specs or merged_adapters(self.denoiser) != self._merged:
-            changed = sorted(skeleton.specs.keys() ^ self._skeleton.specs.keys())
-            raise ParallelizedError(
-                "The denoiser's weights were changed after parallelize "
-                f"({', '.join(changed[:3]) or 'other shapes or values'}{' ...' * (len(changed) > 3)}), by "
-                "other means than the methods of the pipeline that was parallelized or of its denoiser. Use "
-                "those, or call handle.remove() first, change them, then parallelize again."
-            )
-        self._skeleton = skeleton
-        self._forget_structures()
-
-    def _forget_structures(self) -> None:
-        self._analyses.clear()
-        self._shared_batches.clear()
-
-    def _dump(self) -> Skeleton:
-        # What was done by functions instead of the guarded methods, or by putting something in their place.
-        refuse_compiled(getattr(self.pipe, self.name, self.denoiser))
-        refuse_offloading(self.pipe, self.denoiser)
-        refuse_other_ways(self.denoiser)
-        with interrupts_deferred():  # the pickler of CPython swallows a Ctrl-C that comes at some moments
-            return dump_skeleton(
-                self.denoiser, omit=("forward", "cache_context", *guard_names()), allow_main=not self._ships
-            )
-
     # -- the rest --------------------------------------------------------------------------------------------
 
     def set(self, warmup_steps: int, tolerance: float | None) -> None:
@@ -808,7 +654,7 @@ class Installation:
         with self._lock:
             self.settings = replace(self.settings, warmup_steps=warmup_steps, tolerance=tolerance)
             if self.plan is not None:
-                self.plan = replace(self.plan, warmup_steps=warmup_steps, tolerance=tolerance)
+                self.structures.plan = replace(self.plan, warmup_steps=warmup_steps, tolerance=tolerance)
 
     def recorded(self, run: int) -> RunRecord:
         """What was noted of a run, with what the workers hold now. Not before the first call."""
@@ -834,11 +680,6 @@ class Installation:
             warn_user(message)
 
 
-def all_arrived(inputs: Inputs) -> Inputs:
-    """The inputs with what is still being computed elsewhere waited for."""
-    return replace(inputs, leaves=tuple(map(arrived, inputs.leaves)))
-
-
 def _foresee(call: PlacedCall, whole: Inputs, inputs: Inputs, state: ChannelState) -> None:
     """Find out what the timesteps to come will be; where they follow no known rule, no stage works ahead.
 
@@ -854,29 +695,6 @@ def _foresee(call: PlacedCall, whole: Inputs, inputs: Inputs, state: ChannelStat
 def _joined(of_parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     """The tensor leaves of a prediction, of all parts of the batch one after the other."""
     return [torch.cat(leaves) for leaves in zip(*of_parts, strict=True)]
-
-
-class _ContextNames(threading.local):
-    """The name of the cache context that this thread is in."""
-
-    current: str | None = None
-
-
-class _NamedContext:
-    """Wraps diffusers' `cache_context` to know the name of the call that is being made."""
-
-    def __init__(self, names: _ContextNames, original: Callable[..., Any]) -> None:
-        self._names = names
-        self._original = original
-
-    @contextmanager
-    def __call__(self, name: str, **where: Any) -> Iterator[None]:
-        before, self._names.current = self._names.current, name
-        try:
-            with self._original(name, **where):
-                yield
-        finally:
-            self._names.current = before
 
 
 class _IntraOpThreads:
