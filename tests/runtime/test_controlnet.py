@@ -18,6 +18,7 @@ from asyncdiff.errors import ParallelizedError, WeightsLostError, WorkerError
 from asyncdiff.protocol.messages import RoundMessage, TransferredInput
 from asyncdiff.runtime.control import WorkerConnection
 from asyncdiff.runtime.remote import RemoteExecutor
+from asyncdiff.runtime.round_sender import RoundSender
 from asyncdiff.tiny import TINY_PIPELINES, TinyCall
 from asyncdiff.tiny import generate as generate_tiny
 
@@ -93,7 +94,7 @@ def check_spawned(options: dict[str, Any], num_devices: int, controlnet: str) ->
 def test_second_half_of_guidance_begins_without_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
     """They reach its worker while the driver's own half is under way."""
     events: list[str] = []
-    send, send_late = WorkerConnection.send, RemoteExecutor._send_late_of
+    send, send_late = WorkerConnection.send, RoundSender._send_late_of
 
     def spy(self: WorkerConnection, message: object) -> None:
         if isinstance(message, RoundMessage) and self.rank == 1:
@@ -104,7 +105,7 @@ def test_second_half_of_guidance_begins_without_residuals(monkeypatch: pytest.Mo
             events.append(f"round with {'some' if late else 'nothing'} late")
         send(self, message)
 
-    def spy_late(self: RemoteExecutor, run: int) -> None:
+    def spy_late(self: RoundSender, run: int) -> None:
         waiting = bool(self._late)
         send_late(self, run)
         if waiting:
@@ -121,7 +122,7 @@ def test_second_half_of_guidance_begins_without_residuals(monkeypatch: pytest.Mo
     with asyncdiff.parallelize(pipe, devices=["cpu"] * 3, controlnet="overlap", **SPLIT):
         generate(pipe)
         monkeypatch.setattr(WorkerConnection, "send", spy)
-        monkeypatch.setattr(RemoteExecutor, "_send_late_of", spy_late)
+        monkeypatch.setattr(RoundSender, "_send_late_of", spy_late)
         monkeypatch.setattr(RemoteExecutor, "run_round", spy_round)
         generate(pipe)
     of_step = ["round with some late", "sent", "own half done"]

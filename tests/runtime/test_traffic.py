@@ -109,7 +109,7 @@ def test_no_state_is_kept_of_runs_that_are_over() -> None:
         assert len(interpreter._states) == 1
         assert len(interpreter._predictions) == 0
         assert {record.run for record in interpreter._records} == {last}
-        assert {run for _, run, _ in executor._last_inputs} == {last}
+        assert {run for _, run, _ in executor._sender._last_inputs} == {last}
         assert {record.run for report in executor.reports(None) for record in report.rounds} == {last}
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,37 +16,30 @@ import torch.distributed as dist
 from torch import nn
 
 from asyncdiff.errors import ParallelizedError, WorkerError
-from asyncdiff.graph import TensorSpec
 from asyncdiff.graph.wiring import Wiring
 from asyncdiff.protocol.messages import (
     AbortRun,
     CloseSession,
     Collect,
-    Condition,
-    InlineInput,
-    InputItem,
     InstallSkeleton,
     JoinTransport,
-    KeptInput,
     OpenSession,
     PrepareStage,
     ReceiveWeights,
     ReturnWeights,
-    RoundInfo,
     RoundMessage,
-    TransferredInput,
     WorkerReport,
 )
-from asyncdiff.runtime.awaited import arrived, open_delivery
+from asyncdiff.runtime.awaited import arrived
 from asyncdiff.runtime.control import Doing, WorkerConnection, WorkerLostError
 from asyncdiff.runtime.executor import RoundCall, process_report, refuse_aborted
 from asyncdiff.runtime.interpreter import StageInterpreter
 from asyncdiff.runtime.interrupts import interrupts_deferred
 from asyncdiff.runtime.link import Parcel, Stream
-from asyncdiff.runtime.lookahead import Announcement, announce, version_of
+from asyncdiff.runtime.lookahead import Announcement, announce
+from asyncdiff.runtime.round_sender import RoundSender
 from asyncdiff.runtime.session import STORE_TIMEOUT
 from asyncdiff.runtime.transport import Transport, choose_backend, open_transport
-from asyncdiff.schedule.ops import Compute, Op
 from asyncdiff.stage import AS_THEY_ARE, BlockExecution, StageReplica, StageSpec
 from asyncdiff.weights import (
     Skeleton,
@@ -61,10 +53,9 @@ from asyncdiff.weights import (
     resident_bytes,
     undressed,
 )
-from asyncdiff.weights.ownership import bytes_of, dense_spec, empty_tensor, tensor_spec
+from asyncdiff.weights.ownership import tensor_spec
 from asyncdiff.weights.source import checksum
 
-_INLINE_BYTES = 1024
 _SETTLE_S = 0.3
 # Wrong guesses of a run, each of which makes a round of some workers be run twice.
 _MOST_UNFORESEEN = 3
@@ -94,16 +85,6 @@ class Workers(Protocol):
     def kill(self, rank: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class _LateInput:
-    """An input that a rank has been told of, and that is still being computed."""
-
-    rank: int
-    name: str
-    spec: TensorSpec
-    tensor: torch.Tensor
 
 
 class RemoteExecutor:
@@ -147,8 +128,7 @@ class RemoteExecutor:
         self._held: dict[int, set[str]] = {}
         self._needed: dict[int, dict[int, tuple[str, ...]]] = {}
         self._members: tuple[int, ...] = ()
-        self._last_inputs: dict[tuple[int, int, Hashable], dict[str, tuple[torch.Tensor, int]]] = {}
-        self._late: list[_LateInput] = []
+        self._sender = RoundSender(self._session, self._device, self._failing)
         self._announcement: Announcement | None = None
         self._unforeseen: Counter[int] = Counter()  # how often a run did not go on as announced
         self._runs: set[int] = set()
@@ -205,6 +185,7 @@ class RemoteExecutor:
             local=self._workers.is_local,
             watch=self._watch,
         )
+        self._sender.transport = self._transport
         self._members = ranks
         self._await_replies(numbers, "joining it in a transport")
 
@@ -240,7 +221,7 @@ class RemoteExecutor:
     ) -> None:
         self._end_all_announced()  # before anything is forgotten that it needs
         self._needed.clear()
-        self._last_inputs.clear()
+        self._sender.forget_all()
         self._rank_stages = rank_stages
         for rank, connection in self._connections():
             connection.set_stage(self._session, self._stage_of(rank))
@@ -343,7 +324,7 @@ class RemoteExecutor:
                 self._begin(call.info.run)
                 for rank, connection in self._connections():
                     if call.round.ops[rank] and rank not in told:
-                        self._dispatch(rank, connection, call)
+                        self._send_round(rank, connection, call)
                 self._ended = ()
                 task = call.task(0)
                 interpreter.post(task)
@@ -382,7 +363,7 @@ class RemoteExecutor:
         self._refuse_if_broken(step)
         assert self._interpreter is not None
         with self._failing(run):
-            self._send_late()
+            self._sender.send_late()
             self._note_progress("waiting for the prediction", step)
             return self._interpreter.prediction(run, channel, step)
 
@@ -402,113 +383,20 @@ class RemoteExecutor:
             connection.end_run(self._session, run)
         assert self._interpreter is not None
         self._interpreter.end_runs((run,))
-        self._last_inputs = {key: last for key, last in self._last_inputs.items() if key[1] != run}
+        self._sender.forget(run)
 
-    def _dispatch(self, rank: int, connection: WorkerConnection, call: RoundCall) -> None:
-        """One control message, then the inputs that do not fit in it."""
-        needed = self._needed[call.info.key][self._stage_of(rank)]
-        tensors = call.tensors_of(rank)
-        items = list(self._input_items((rank, call.info.run, call.info.channel), tensors, needed))
-        items.sort(key=lambda item: isinstance(item, TransferredInput) and item.is_late)
-        transferred = [item for item in items if isinstance(item, TransferredInput)]
-        if transferred:
-            self._send_late()  # in the order in which workers were told of them
-        connection.send(
-            RoundMessage(
-                session=self._session,
-                info=self._info_for(call.round.ops[rank], call.info),
-                ops=call.round.packed[rank],
-                inputs=tuple(items),
-                ended_runs=self._ended,
-            )
-        )
-        assert self._transport is not None
-        for item in transferred:
-            # A copy: the noise scheduler or a callback may write into its tensor before a slow reader has it.
-            tensor = tensors[item.name].clone()
-            delivery = open_delivery(tensor)
-            if delivery is None:
-                self._transport.send(rank, Parcel(Stream.INPUT, item.name), tensor, item.spec)
-            else:
-                self._late.append(_LateInput(rank, item.name, item.spec, tensor))
-                delivery.tell(functools.partial(self._send_late_of, call.info.run))
+    def _send_round(self, rank: int, connection: WorkerConnection, call: RoundCall) -> None:
+        self._sender.send(rank, connection, call, self._needed_by(rank, call), self._ended)
 
-    def _info_for(self, ops: tuple[Op, ...], info: RoundInfo) -> RoundInfo:
-        """With the conditions that these operations need, and timesteps in the message itself."""
-
-        def sent(condition: Condition) -> Condition:
-            timestep = condition.timestep
-            if not isinstance(timestep, torch.Tensor) or not self._fits_in_message(timestep):
-                return condition
-            return replace(condition, timestep=_inline(str(info.timestep_name), timestep))
-
-        if not info.conditions:
-            return info
-        steps = {op.condition_step for op in ops if isinstance(op, Compute)}
-        conditions = {step: sent(each) for step, each in info.conditions.items() if step in steps}
-        return replace(info, conditions=conditions)
+    def _needed_by(self, rank: int, call: RoundCall) -> tuple[str, ...]:
+        return self._needed[call.info.key][self._stage_of(rank)]
 
     def _await_inputs(self, call: RoundCall) -> None:
         """Wait for those inputs of the workers that are still being computed."""
         for rank, _ in self._connections():
             if call.round.ops[rank]:
-                for name in self._needed[call.info.key][self._stage_of(rank)]:
+                for name in self._needed_by(rank, call):
                     arrived(call.tensors[name])
-
-    def _send_late_of(self, run: int) -> None:
-        """As soon as they are there, in the midst of whatever this process has waited for them for."""
-        with self._failing(run):
-            self._send_late()
-
-    def _send_late(self) -> None:
-        """Send the workers the inputs that they began a round without."""
-        for each in self._late:
-            arrived(each.tensor)
-        late, self._late = self._late, []
-        assert self._transport is not None
-        with interrupts_deferred():
-            for each in late:
-                parcel = Parcel(Stream.INPUT, each.name)
-                self._transport.send(each.rank, parcel, arrived(each.tensor), each.spec)
-
-    def _fill_late(self) -> None:
-        """Of a round that does not go on: send something, so that nobody waits for it."""
-        late, self._late = self._late, []
-        assert self._transport is not None
-        for each in late:
-            if each.rank not in self._lost:
-                filler = empty_tensor(each.spec, self._device).zero_()
-                with suppress(RuntimeError):
-                    self._transport.send(each.rank, Parcel(Stream.INPUT, each.name), filler, each.spec)
-
-    def _input_items(
-        self,
-        receiver: tuple[int, int, Hashable],
-        tensors: Mapping[str, torch.Tensor],
-        needed: Collection[str],
-    ) -> Iterator[InputItem]:
-        """Constant inputs cross once a run: the same object, not written to since (a reference is held).
-        `receiver`: rank, run and channel."""
-        last = self._last_inputs.setdefault(receiver, {})
-        for name in needed:
-            tensor = tensors[name]
-            if self._has_been_sent(receiver, name, tensor):
-                yield KeptInput(name)
-            elif open_delivery(tensor) is not None:
-                yield TransferredInput(name, dense_spec(tensor_spec(tensor)), is_late=True)
-            elif self._fits_in_message(tensor):
-                yield _inline(name, tensor)
-            else:
-                yield TransferredInput(name, tensor_spec(tensor))
-            last[name] = (tensor, version_of(tensor))
-
-    def _has_been_sent(self, receiver: tuple[int, int, Hashable], name: str, tensor: torch.Tensor) -> bool:
-        last, version = self._last_inputs.get(receiver, {}), version_of(tensor)
-        return version >= 0 and name in last and last[name][0] is tensor and last[name][1] == version
-
-    def _fits_in_message(self, tensor: torch.Tensor) -> bool:
-        is_small = tensor.nbytes <= _INLINE_BYTES or self._device.type != "cpu"
-        return tensor.device.type == "cpu" and is_small
 
     # -- the round after this one --
 
@@ -522,7 +410,7 @@ class RemoteExecutor:
             self._announcement = announcement
             for rank, connection in self._connections():
                 if rank in self._announcement.ranks:
-                    self._dispatch(rank, connection, call)
+                    self._send_round(rank, connection, call)
 
     def _needs_no_transfer(self, announcement: Announcement) -> bool:
         """What is transferred now would come before the states of the round that this process is about to
@@ -530,10 +418,8 @@ class RemoteExecutor:
         round of a half of guidance that is left out would have to be."""
         call = announcement.call
         return all(
-            self._has_been_sent((rank, call.info.run, call.info.channel), name, call.tensors[name])
-            or self._fits_in_message(call.tensors[name])
+            self._sender.needs_no_transfer(rank, call, self._needed_by(rank, call))
             for rank in announcement.ranks
-            for name in self._needed[call.info.key][self._stage_of(rank)]
         )
 
     def _told_already(self, call: RoundCall) -> frozenset[int]:
@@ -627,7 +513,7 @@ class RemoteExecutor:
                     connection.send(AbortRun(self._session, run, transport_is_lost=self._broken is not None))
                 except WorkerLostError as error:
                     self._note_loss(error)
-        self._fill_late()
+        self._sender.fill_late(self._lost)
         assert self._interpreter is not None
         self._interpreter.settle(self._lost)
         with suppress(WorkerLostError, RuntimeError):  # a transport that broke is given up as a whole
@@ -815,7 +701,8 @@ class RemoteExecutor:
             if self._transport is not None:
                 self._transport.close()
         self._interpreter = self._replica = self._replica_module = self._transport = None
-        self._last_inputs.clear()
+        self._sender.transport = None
+        self._sender.forget_all()
 
     # -- talking to all workers --
 
@@ -864,10 +751,6 @@ class _Failing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self._executor._fail(self._run, error)
-
-
-def _inline(name: str, tensor: torch.Tensor) -> InlineInput:
-    return InlineInput(name, tensor_spec(tensor), bytes_of(tensor))
 
 
 def _at_our_clock(report: WorkerReport, connection: WorkerConnection) -> WorkerReport:
