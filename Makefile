@@ -47,6 +47,9 @@ benchmarks: $(INSTALLED)
 		--json docs/benchmarks/step-sd21.json
 	$(BIN)/asyncdiff bench --arch sd21 --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 50 \
 		--json docs/benchmarks/run-sd21.json --csv docs/benchmarks/run-sd21.csv --html docs/benchmarks/run-sd21.html
+	$(BIN)/asyncdiff bench --arch sd21 --size 256 --dtype float32 --devices 2 --configs 2x1 --steps 50 \
+		--json docs/benchmarks/run-sd21-float32.json --csv docs/benchmarks/run-sd21-float32.csv \
+		--html docs/benchmarks/run-sd21-float32.html
 	$(BIN)/asyncdiff bench --arch sdxl --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 12 \
 		--json docs/benchmarks/run-sdxl.json --csv docs/benchmarks/run-sdxl.csv --html docs/benchmarks/run-sdxl.html
 	$(BIN)/asyncdiff bench --arch sd3 --size 256 --dtype float32 --devices 2 --configs 2x1 --steps 12 \
@@ -56,7 +59,7 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python -m asyncdiff.bench.many_runs --json docs/benchmarks/many-runs.json
 	$(BIN)/python -m asyncdiff.bench.traffic --json docs/benchmarks/traffic.json
 	$(BIN)/python -m asyncdiff.bench.unequal --arch sd21 --size 256 --speed 0.5 --json docs/benchmarks/unequal.json
-	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --dtype bfloat16 --devices 2 --steps 30 \
+	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --devices 2 --steps 30 \
 		--json docs/benchmarks/prediction-sd21.json
 	$(BIN)/asyncdiff bench step --arch sd21 --size 512 --dtype bfloat16 --devices 2 --guidance split \
 		--json docs/benchmarks/step-sd21-split.json

@@ -60,8 +60,9 @@ def test_structures_are_analysed_once() -> None:
         for _ in range(2):
             generate(pipe, steps=8)
             generate(pipe, steps=8, guidance=1.0)
-        assert len(handle._division.installations[0].structures.analyses) == 2
-        assert next(handle._division.installations[0]._analysis_numbers) == 2
+        structures = handle._division.installations[0].structures
+        assert len(structures.analyses) == 2
+        assert next(structures._numbers) == 2
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])

@@ -164,9 +164,10 @@ def test_interrupt_while_the_controlnet_is_waited_for(orders: Path) -> None:
 def test_interrupt_in_the_denoiser_while_the_second_half_waits_for_residuals() -> None:
     """What is owed to its worker is sent all the same, or it would wait for ever."""
     pipe = FAMILY.build()
-    with asyncdiff.parallelize(pipe, devices=["cpu"] * 3, controlnet="overlap", **SPLIT):
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 3, controlnet="overlap", **SPLIT) as handle:
         expected = generate(pipe)
-        executors = [group for group in _executors(pipe) if group._rank_stages == (0,)]
+        groups = handle._division.installations[0].groups
+        executors: list[Any] = [group for group in groups.executors if group._rank_stages == (0,)]
         compute = executors[0]._interpreter.compute
 
         def interrupted(task: Any) -> None:
@@ -179,10 +180,6 @@ def test_interrupt_in_the_denoiser_while_the_second_half_waits_for_residuals() -
         begin_s = time.monotonic()
         assert torch.equal(generate(pipe), expected)
         assert time.monotonic() - begin_s < ERROR_WITHIN_S
-
-
-def _executors(pipe: Any) -> tuple[Any, ...]:
-    return vars(pipe.unet)["forward"]._installation.groups.executors
 
 
 @pytest.mark.parametrize("options", [pytest.param(ONE, id="N1")])
