@@ -167,6 +167,7 @@ def measure_controlnet(
     from asyncdiff.bench.whole_model import WholeModelProcess
     from asyncdiff.bench.workload import Workload, load
     from asyncdiff.errors import ConfigurationError
+    from asyncdiff.runtime.allocator import freed_memory_kept
 
     if architecture_named(arch).controlnet_class is None:  # before any process is started
         raise ConfigurationError(f"--arch {arch} has no ControlNet. Use controlnet-sd15 or controlnet-sdxl.")
@@ -174,6 +175,7 @@ def measure_controlnet(
     progress("Measuring the link", 0, 0)
     links = measure_links(devices)
     with ExitStack() as stack:
+        stack.enter_context(freed_memory_kept())  # as in workers
         progress("Building the denoisers", 0, 0)
         neighbour = stack.enter_context(WholeModelProcess(workload, devices[1]))
         subject = load(replace(workload, with_controlnet=True), devices[0])

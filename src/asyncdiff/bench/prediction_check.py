@@ -125,12 +125,14 @@ def check_prediction(
     from asyncdiff.bench.link import measure_links
     from asyncdiff.bench.whole_model import WholeModelProcess
     from asyncdiff.bench.workload import Workload, load
+    from asyncdiff.runtime.allocator import freed_memory_kept
 
     architecture_named(arch)  # before any process is started
     workload = Workload(arch, None, size, dtype)
     progress("Measuring the link", 0, 0)
     links = measure_links(devices)
     with ExitStack() as stack:
+        stack.enter_context(freed_memory_kept())  # as in workers
         progress("Building the denoisers", 0, 0)
         wholes = [stack.enter_context(WholeModelProcess(workload, device)) for device in devices]
         subject = load(workload, devices[0])

@@ -27,6 +27,7 @@ from asyncdiff.bench.workload import Subject, Workload, denoiser_bytes, load, ru
 from asyncdiff.config import Settings, settle_groups
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.pipeline import Handle, Plan, parallelize, plan
+from asyncdiff.runtime.allocator import freed_memory_kept
 
 _WARMUP_STEPS = 1
 _IDLE_S = 2.0
@@ -216,6 +217,7 @@ def run_step(
     part = replace(workload, batch=architecture.batch // num_parts)
     start_up = StartUp()
     with ExitStack() as stack:
+        stack.enter_context(freed_memory_kept())  # as in workers
         progress("Building the denoisers", 0, 0)
         whole = stack.enter_context(WholeModelProcess(workload, devices[0]))
         rivals = [

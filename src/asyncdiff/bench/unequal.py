@@ -94,11 +94,12 @@ def run_unequal(
 
     import asyncdiff
     from asyncdiff.bench.architectures import DenoisingLoop, architecture_named, build_denoiser
+    from asyncdiff.runtime.allocator import freed_memory_kept
 
     torch.set_num_threads(1)
     fast, slow = cores
     torch_dtype, architecture = getattr(torch, dtype), architecture_named(arch)
-    with _pinned_to(fast), _busy_core(slow):
+    with _pinned_to(fast), _busy_core(slow), freed_memory_kept():  # as in workers
         loop = DenoisingLoop(architecture, build_denoiser(architecture, torch_dtype), size, torch_dtype)
         loop(2)
         in_order_ms = _step_ms(loop, steps, first=1)

@@ -102,7 +102,9 @@ def main() -> None:
     import torch
 
     from asyncdiff.bench.workload import Workload, load, run_timed
+    from asyncdiff.runtime.allocator import keep_freed_memory
 
+    keep_freed_memory()  # as in workers
     request = json.loads(sys.stdin.readline())
     subject = load(Workload(**request["workload"]), request["device"])
     _answer({"ready": True})

@@ -30,6 +30,7 @@ from asyncdiff.protocol.messages import (
     RoundMessage,
     WorkerReport,
 )
+from asyncdiff.runtime.allocator import return_freed_memory
 from asyncdiff.runtime.awaited import arrived
 from asyncdiff.runtime.control import Doing, WorkerConnection, WorkerLostError
 from asyncdiff.runtime.executor import RoundCall, process_report, refuse_aborted
@@ -207,6 +208,7 @@ class RemoteExecutor:
         try:
             with interrupts_deferred():
                 self._install(module, skeleton, rank_stages, held)
+                return_freed_memory()  # of what was shipped
         except Exception as error:
             self._note_loss(error)
             self._broken = error

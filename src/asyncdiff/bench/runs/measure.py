@@ -50,6 +50,7 @@ from asyncdiff.bench.workload import Subject, Workload, denoiser_bytes, load, ru
 from asyncdiff.config import available_cores
 from asyncdiff.errors import AsyncDiffError, ConfigurationError
 from asyncdiff.pipeline import Handle, Plan, RunReport, parallelize, plan
+from asyncdiff.runtime.allocator import freed_memory_kept
 from asyncdiff.runtime.executor import device_peak_bytes_of_process, resident_bytes_of_process
 from asyncdiff.simulation import COMPUTE, Timeline
 
@@ -79,6 +80,7 @@ def run_bench(
     most = max(each.num_devices for each in configurations)
     with ExitStack() as stack:
         stack.enter_context(intra_op_threads(threads))
+        stack.enter_context(freed_memory_kept())  # as in workers
         progress(f"Loading {workload.arch or workload.model}", 0, 0)
         subject = load(workload, devices[0])  # first: what cannot be loaded is said once, and downloaded once
         whole_bytes = denoiser_bytes(subject)
