@@ -56,12 +56,12 @@ def test_stale_states_are_those_of_a_pipeline_that_never_saw_another_mask() -> N
 
 
 def test_masks_seen_before_are_not_analysed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from asyncdiff.pipeline import installation
+    from asyncdiff.pipeline import structures
 
     recorded = []
-    record_call = installation.record_call
+    record_call = structures.record_call
     monkeypatch.setattr(
-        installation, "record_call", lambda *args, **how: recorded.append(1) or record_call(*args, **how)
+        structures, "record_call", lambda *args, **how: recorded.append(1) or record_call(*args, **how)
     )
     pipe = FAMILY.build()
     with asyncdiff.parallelize(pipe, num_stages=2):
