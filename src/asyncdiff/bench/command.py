@@ -69,17 +69,16 @@ def run_command(command: Callable[..., None]) -> None:
         raise SystemExit(1) from error
 
 
-def check_dtype(name: str) -> str:
+def check_dtype(name: str) -> None:
     """`ConfigurationError` for what is no dtype of weights."""
     if name not in ("float32", "bfloat16", "float16"):
         raise ConfigurationError(f"--dtype {name}: must be float32, bfloat16 or float16.")
-    return name
 
 
 def timed_dtype(name: str, devices: Sequence[str]) -> str:
     """Of weights that are computed with on these devices: `name`, or what "auto" stands for there."""
     if name != "auto":
-        return check_dtype(name)
+        check_dtype(name)
     from asyncdiff.bench.workload import dtype_of_random_weights
 
     return dtype_of_random_weights(name, devices)
