@@ -264,6 +264,7 @@ class _Rounds:
         self._threads = threads
         self._on_cpu = on_cpu
         self._steps = steps
+        self._limit_steps = min(steps, _LIMIT_STEPS)
         self._progress = progress
         self._done = 0
         self.counts = sorted({way.configuration.num_devices for way in ways})
@@ -274,14 +275,22 @@ class _Rounds:
 
     def run(self, run: int, runs: int) -> None:
         """One of each. Every other time backwards: what stands is measured before another takes its
-        weights, and none is always the one after the same other."""
+        weights, and none is always the one after the same other.
+
+        What a configuration could reach at most is measured right beside it: its share of that is to say
+        how well it does, not how fast the machine was some minutes earlier.
+        """
         total = runs * (1 + len(self._ways) + (1 + self._on_cpu) * len(self.counts) + len(self._comparisons))
         where = f"run {run + 1} of {runs}"
         if run % 2 == 0:
             self._run_divided(tuple(reversed(self._ways)), where, total)
+            self._installed.make_whole()
+            self._run_together(where, total)
             self._run_whole(where, total)
         else:
+            self._installed.make_whole()
             self._run_whole(where, total)
+            self._run_together(where, total)
             self._run_divided(self._ways, where, total)
 
     def _run_divided(self, ways: Sequence[_Way], where: str, total: int) -> None:
@@ -291,26 +300,27 @@ class _Rounds:
             self._installed.use(way.plan, configuration.shortest_run(warmup_steps))
             way.note(*self._installed.measure(self._steps))
 
+    def _run_together(self, where: str, total: int) -> None:
+        for count in self.counts:
+            self._tell(f"{count} whole models at once, {where}", total)
+            others, here = self._others[: count - 1], partial(run_timed, self._installed.subject)
+            self.together[count].append(measure_together(others, self._limit_steps, self._threads, here))
+
     def _run_whole(self, where: str, total: int) -> None:
         self._tell(f"In order, {where}", total)
-        self._installed.make_whole()
         self.in_order.append(run_timed(self._installed.subject, self._steps))
-        for count in self.counts:
-            self._measure_limit(count, where, total)
+        if self._on_cpu:
+            for count in self.counts:
+                self._run_all_threads(count, where, total)
         for comparison, measured in zip(self._comparisons, self.compared, strict=True):
             self._tell(f"{comparison.name}, {where}", total)
             measured.append(comparison.measure(self._steps))
 
-    def _measure_limit(self, count: int, where: str, total: int) -> None:
-        subject, steps = self._installed.subject, min(self._steps, _LIMIT_STEPS)
-        self._tell(f"{count} whole models at once, {where}", total)
-        others, here = self._others[: count - 1], partial(run_timed, subject)
-        self.together[count].append(measure_together(others, steps, self._threads, here))
-        if self._on_cpu:
-            threads = count * (self._threads or 1)
-            self._tell(f"One process with {threads} threads, {where}", total)
-            with intra_op_threads(threads):
-                self.all_threads[count].append(run_timed(subject, steps))
+    def _run_all_threads(self, count: int, where: str, total: int) -> None:
+        threads = count * (self._threads or 1)
+        self._tell(f"One process with {threads} threads, {where}", total)
+        with intra_op_threads(threads):
+            self.all_threads[count].append(run_timed(self._installed.subject, self._limit_steps))
 
     def _tell(self, what: str, total: int) -> None:
         self._progress(what, self._done, total)
