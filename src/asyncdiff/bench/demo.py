@@ -21,6 +21,7 @@ from asyncdiff.bench.progress import Progress, no_progress
 from asyncdiff.bench.step_clock import StepClock
 from asyncdiff.demo import DEMO_CAPTIONS, DEMO_MODELS, DemoModel, load_demo_pipeline
 from asyncdiff.pipeline import RunReport, parallelize, plan
+from asyncdiff.runtime.allocator import freed_memory_kept
 from asyncdiff.weights import resident_bytes
 
 _UNTIMED_STEPS = 6
@@ -126,7 +127,7 @@ def run_demo(
     """
     bundled = DEMO_MODELS[model]
     original, pipe = (_load(bundled, devices[0]) for _ in range(2))
-    with _one_core_per_device():
+    with _one_core_per_device(), freed_memory_kept():  # as in workers
         progress("Timing the blocks", 0, 0)
         split: dict[str, Any] = {
             "num_stages": num_stages,

@@ -26,6 +26,7 @@ from asyncdiff.bench.threads import intra_op_threads
 from asyncdiff.errors import ConfigurationError
 from asyncdiff.pipeline import Handle, parallelize, plan
 from asyncdiff.pipeline.devices import Placement
+from asyncdiff.runtime.allocator import freed_memory_kept
 
 AMPLIFICATION = 8.0
 _SHOWN = 4  # captions on the picture
@@ -51,7 +52,7 @@ def measure_quality(
     weights.check(len(generation.captions))
     names = tuple(devices[:1] if simulated else devices)
     threads = Placement("spawn", names, len(names)).threads_per_device
-    with intra_op_threads(threads):
+    with intra_op_threads(threads), freed_memory_kept():  # as in workers
         return _Measurement(generation, names, simulated, weights, progress).run(ways)
 
 
