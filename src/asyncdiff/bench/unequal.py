@@ -170,9 +170,13 @@ def _pin(cores: set[int]) -> None:
 
 @contextmanager
 def _busy_core(core: int) -> Iterator[None]:
-    """With another process that takes what it can get of a core, which is half where one other wants it."""
+    """With another process that takes what it can get of a core, which is half where one other wants it.
+
+    In a session of its own, as workers have: Linux divides a core first among sessions (autogroups), and one
+    whose processes are busy on several cores has less of each.
+    """
     spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile os.getppid() == {os.getpid()}: pass"
-    with subprocess.Popen([sys.executable, "-c", spin]) as process:
+    with subprocess.Popen([sys.executable, "-c", spin], start_new_session=True) as process:
         try:
             yield
         finally:
