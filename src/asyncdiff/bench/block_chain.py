@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from asyncdiff.bench.architectures import Architecture, DenoisingLoop
+from asyncdiff.bench.threads import intra_op_threads
 
 _WIDTH = 256
 _LATENTS = (4, 8, 8)
@@ -86,13 +87,8 @@ def block_chain_loop(state_bytes: int, block_ms: float, device: str) -> Denoisin
 
 def _seconds_per_repeat(device: str) -> float:
     block, state = _Block(_CALIBRATION_REPEATS).to(device), torch.zeros(_WIDTH, device=device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            seconds = [_timed(block, state) for _ in range(5)]
-    finally:
-        torch.set_num_threads(before)
+    with intra_op_threads(1), torch.no_grad():
+        seconds = [_timed(block, state) for _ in range(5)]
     return min(seconds) / _CALIBRATION_REPEATS
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from asyncdiff.bench.environment import describe_environment
 from asyncdiff.bench.pictures import psnr_db, side_by_side
 from asyncdiff.bench.progress import Progress, no_progress
 from asyncdiff.bench.step_clock import StepClock
+from asyncdiff.bench.threads import intra_op_threads
 from asyncdiff.demo import DEMO_CAPTIONS, DEMO_MODELS, DemoModel, load_demo_pipeline
 from asyncdiff.pipeline import RunReport, parallelize, plan
 from asyncdiff.runtime.allocator import freed_memory_kept
@@ -127,7 +127,7 @@ def run_demo(
     """
     bundled = DEMO_MODELS[model]
     original, pipe = (_load(bundled, devices[0]) for _ in range(2))
-    with _one_core_per_device(), freed_memory_kept():  # as in workers
+    with intra_op_threads(1), freed_memory_kept():  # as in workers
         progress("Timing the blocks", 0, 0)
         split: dict[str, Any] = {
             "num_stages": num_stages,
@@ -218,17 +218,6 @@ def _generate(
             callback_on_step_end=clock,
         ).images
     return pictures, clock.denoise_seconds
-
-
-@contextlib.contextmanager
-def _one_core_per_device() -> Iterator[None]:
-    """One intra-op thread in this process: on a CPU, a device is a core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _runs(values: Sequence[float]) -> str:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 
 from asyncdiff.bench.architectures import DenoisingLoop
+from asyncdiff.bench.threads import intra_op_threads
 from asyncdiff.bench.timed_run import TimedRun
 
 Generate: TypeAlias = Callable[[int], tuple[TimedRun, torch.Tensor]]
@@ -68,11 +69,10 @@ def relative_error(latents: torch.Tensor, reference: torch.Tensor) -> float | No
 @contextmanager
 def on_one_device(loop: DenoisingLoop, device: str, threads: int | None) -> Iterator[None]:
     """The loop there for a while, with so many intra-op threads (None: as many as there are)."""
-    home, before = loop.device, torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        loop.to(device)
-        yield
-    finally:
-        loop.to(str(home))
-        torch.set_num_threads(before)
+    home = loop.device
+    with intra_op_threads(threads):
+        try:
+            loop.to(device)
+            yield
+        finally:
+            loop.to(str(home))
