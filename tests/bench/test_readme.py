@@ -66,6 +66,7 @@ def test_table_has_a_row_for_every_way() -> None:
     assert "guidance split (exact), milliseconds" in halves
     assert "on cpu: guidance refreshed every 2 steps, milliseconds" in alone
     assert "threads" not in alone
+    assert "bfloat16, channels last on cpu" in measured_table(DEMO, [{**step, "channels_last": True}])
     assert "2 stages, guidance refreshed every 4 steps, seconds of 50 steps | 91 | 31 | **3.05x**, 29 " in run
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from asyncdiff.bench import workload
 from asyncdiff.bench.workload import (
     DEMO,
     Workload,
@@ -50,6 +51,8 @@ def test_missing_model_is_named() -> None:
 def test_title_says_what_it_is() -> None:
     assert Workload("sdxl", None, 256, "bfloat16").title == "sdxl, 256 px, bfloat16"
     assert Workload(None, "me/model", None, "auto").title == "me/model, the default dtype"
+    title = Workload("sdxl", None, 256, "bfloat16", channels_last=True).title
+    assert title == "sdxl, 256 px, bfloat16, channels last"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,26 @@ def test_random_weights_are_in_bfloat16_where_it_is_computed(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can_do)
     assert dtype_of_random_weights("auto", devices) == dtype
     assert dtype_of_random_weights("float16", devices) == "float16"
+
+
+def test_channels_last_are_the_convolutions_of_the_denoiser() -> None:
+    plain, subject = (
+        load(Workload("demo", None, 64, "float32", channels_last=on), "cpu") for on in (False, True)
+    )
+    before = dict(plain.pipe.denoiser.named_parameters())
+    for name, weight in subject.pipe.denoiser.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last)
+    assert run_timed(subject, 2).seconds > 0
+
+
+@pytest.mark.parametrize(("family", "what"), [("wan-2.1", "some of five"), ("flux", "none")])
+def test_channels_last_without_pictures_is_refused(
+    family: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "load_pipeline", lambda *ignored: TINY_PIPELINES[family].build())
+    with pytest.raises(ConfigurationError, match=rf"^--channels-last .* has {what}\.$"):
+        load(Workload(None, family, None, "float32", "a red circle", channels_last=True), "cpu")
 
 
 def test_weights_of_a_denoiser_are_its_buffers_too() -> None:

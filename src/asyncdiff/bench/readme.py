@@ -61,7 +61,8 @@ def _devices(result: Mapping[str, Any]) -> str:
 
 
 def _model(result: Mapping[str, Any]) -> str:
-    return f"{result['arch']}, {result['size']} px, {result['dtype']} on {_devices(result)}"
+    layout = ", channels last" if result.get("channels_last") else ""
+    return f"{result['arch']}, {result['size']} px, {result['dtype']}{layout} on {_devices(result)}"
 
 
 def _way(num_stages: int, groups: int, guidance_refresh: int) -> str:

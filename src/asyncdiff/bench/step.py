@@ -81,6 +81,7 @@ class StepResult:
     arch: str
     size: int
     dtype: str
+    channels_last: bool
     devices: tuple[str, ...]
     kind: str
     num_stages: int
@@ -179,6 +180,7 @@ def run_step(
     arch: str,
     size: int,
     dtype: str,
+    channels_last: bool = False,
     devices: Sequence[str],
     num_stages: int,
     stride: int = 1,
@@ -197,7 +199,7 @@ def run_step(
     every process has one core.
     """
     architecture = architecture_named(arch)  # before any process is started
-    workload = Workload(arch, None, size, dtype)
+    workload = Workload(arch, None, size, dtype, channels_last=channels_last)
     groups = settle_groups(len(devices), num_stages, stride, guidance)
     settings = Settings(
         num_stages,
@@ -219,13 +221,13 @@ def run_step(
     with ExitStack() as stack:
         stack.enter_context(freed_memory_kept())  # as in workers
         progress("Building the denoisers", 0, 0)
+        subject = load(workload, devices[0])  # first: what cannot be loaded is said once
+        whole_bytes = denoiser_bytes(subject)
         whole = stack.enter_context(WholeModelProcess(workload, devices[0]))
         rivals = [
             stack.enter_context(WholeModelProcess(part, device))
             for device in (devices if num_parts > 1 else devices[1:])
         ]
-        subject = load(workload, devices[0])
-        whole_bytes = denoiser_bytes(subject)
         for each in (whole, *rivals):
             each.wait_ready()
         progress("Timing the blocks", 0, 0)
@@ -252,6 +254,7 @@ def run_step(
         arch=arch,
         size=size,
         dtype=dtype,
+        channels_last=channels_last,
         devices=tuple(devices),
         kind=chosen.kind,
         num_stages=num_stages,

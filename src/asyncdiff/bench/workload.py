@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from asyncdiff.bench.architectures import (
     DenoisingLoop,
@@ -30,7 +31,8 @@ class Workload:
 
     `size`: height and width in pixels, None for a pipeline's own. `dtype`: a torch name, or "auto" with a
     model. `prompt`: for a model. `batch`: of an architecture's denoiser call, None for its own.
-    `with_controlnet`: an architecture's ControlNet is called too, where it has one.
+    `with_controlnet`: an architecture's ControlNet is called too, where it has one. `channels_last`: the
+    denoiser's weights are kept in that memory format.
     """
 
     arch: str | None
@@ -40,6 +42,7 @@ class Workload:
     prompt: str = ""
     batch: int | None = None
     with_controlnet: bool = False
+    channels_last: bool = False
 
     @property
     def title(self) -> str:
@@ -47,7 +50,8 @@ class Workload:
         parts = [str(self.arch or self.model)]
         if self.size is not None:
             parts.append(f"{self.size} px")
-        return ", ".join([*parts, self.dtype if self.dtype != "auto" else "the default dtype"])
+        parts.append(self.dtype if self.dtype != "auto" else "the default dtype")
+        return ", ".join([*parts, "channels last"] if self.channels_last else parts)
 
 
 def dtype_of_random_weights(name: str, devices: Sequence[str]) -> str:
@@ -131,7 +135,22 @@ class _PipelineSubject:
 
 def load(workload: Workload, device: str) -> Subject:
     """Build or load it on `device`; `ConfigurationError` where it cannot be benchmarked."""
-    return _LoopSubject(workload, device) if workload.arch is not None else _PipelineSubject(workload, device)
+    is_loop = workload.arch is not None
+    subject = _LoopSubject(workload, device) if is_loop else _PipelineSubject(workload, device)
+    if workload.channels_last:
+        for denoiser in denoisers_of(subject.pipe).values():
+            _keep_channels_last(denoiser)
+    return subject
+
+
+def _keep_channels_last(denoiser: nn.Module) -> None:
+    dims = {weight.dim() for weight in denoiser.parameters()}
+    if 4 not in dims or 5 in dims:
+        what = "some of five" if 5 in dims else "none"
+        raise ConfigurationError(
+            f"--channels-last is for weights of four dimensions, and {type(denoiser).__name__} has {what}."
+        )
+    nn.Module.to(denoiser, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def run_timed(subject: Subject, num_steps: int) -> TimedRun:

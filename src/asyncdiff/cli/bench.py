@@ -6,7 +6,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 _DEFAULT_ARCH = "sd21"
 _DEFAULT_SIZE = 256
 _DEFAULT_DEVICES = 2
+
+_ChannelsLastOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--channels-last",
+        help="Keep the denoiser's weights as pipe.unet.to(memory_format=torch.channels_last) does.",
+    ),
+]
 
 
 def build_app() -> typer.Typer:
@@ -66,6 +74,7 @@ def bench(
             "accelerators and float32 on CPUs.",
         ),
     ] = "auto",
+    channels_last: _ChannelsLastOption = False,
     devices: arguments.DevicesOption = None,
     configs: Annotated[
         str,
@@ -100,7 +109,7 @@ def bench(
         _refuse_options_before_a_command(context)
         return
     request = _check(
-        arch, model, prompt, size, dtype, devices, configs, warmup_steps, steps, runs, compare,
+        arch, model, prompt, size, dtype, channels_last, devices, configs, warmup_steps, steps, runs, compare,
         Outputs(json_file, csv_file, html_file),
     )  # fmt: skip
     _run(request)
@@ -158,6 +167,7 @@ class Request:
     prompt: str
     size: int | None
     dtype: str
+    channels_last: bool
     devices: int | tuple[str, ...] | None
     configurations: tuple[Configuration, ...]
     skip_refused: bool
@@ -174,6 +184,7 @@ def _check(
     prompt: str | None,
     size: int | None,
     dtype: str,
+    channels_last: bool,
     devices: str | None,
     configs: str,
     warmup_steps: int,
@@ -207,6 +218,7 @@ def _check(
         prompt="" if model is None else prompt or DEMO_CAPTIONS[0],
         size=size if model is not None else size or _DEFAULT_SIZE,
         dtype=dtype,
+        channels_last=channels_last,
         devices=asked,
         configurations=configurations,
         skip_refused=configs.strip() == "auto",
@@ -237,7 +249,14 @@ def _run(request: Request) -> None:
     from asyncdiff.bench.workload import Workload, dtype_of_random_weights
 
     dtype = dtype_of_random_weights(request.dtype, devices) if request.model is None else request.dtype
-    workload = Workload(request.arch, request.model, request.size, dtype, request.prompt)
+    workload = Workload(
+        request.arch,
+        request.model,
+        request.size,
+        dtype,
+        request.prompt,
+        channels_last=request.channels_last,
+    )
     _announce(request, workload, devices)
     with progress("Starting") as report:
         from asyncdiff.bench.runs.measure import run_bench
@@ -278,6 +297,7 @@ def step(
         arguments.Dtype,
         typer.Option("--dtype", help="'auto' is bfloat16, or float32 on CPUs that cannot compute it."),
     ] = "auto",
+    channels_last: _ChannelsLastOption = False,
     steps: Annotated[int, typer.Option("--steps", help="Timed steps of a run.")] = 8,
     runs: Annotated[int, typer.Option("--runs", help="Times everything is measured.")] = 3,
     json_file: arguments.JsonOption = None,
@@ -317,13 +337,14 @@ def step(
     quiet_libraries()
     with progress("Starting") as report:
         from asyncdiff.bench.step import run_step
-        from asyncdiff.bench.workload import dtype_of_random_weights
+        from asyncdiff.bench.workload import Workload, dtype_of_random_weights
 
         chosen = dtype_of_random_weights(dtype, names)
         result = run_step(
             arch=arch,
             size=size,
             dtype=chosen,
+            channels_last=channels_last,
             devices=names,
             num_stages=num_stages,
             stride=split.stride,
@@ -338,4 +359,4 @@ def step(
         )
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_json(), indent=2) + "\n")
-    print_table(f"{arch}, {size} px, {chosen}", result.rows())
+    print_table(Workload(arch, None, size, chosen, channels_last=channels_last).title, result.rows())
