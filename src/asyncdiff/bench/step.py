@@ -20,6 +20,7 @@ from asyncdiff.bench.architectures import architecture_named
 from asyncdiff.bench.configurations import Configuration
 from asyncdiff.bench.environment import describe_environment
 from asyncdiff.bench.progress import Progress, no_progress
+from asyncdiff.bench.room import check_room
 from asyncdiff.bench.steady import expected_bytes_per_step, median_ms_per_step, steady_rounds
 from asyncdiff.bench.timed_run import TimedRun
 from asyncdiff.bench.whole_model import WholeModelProcess, measure_together
@@ -217,6 +218,8 @@ def run_step(
             f"{arch} is called with a batch of {architecture.batch}: no guidance to split or refresh."
         )
     part = replace(workload, batch=architecture.batch // num_parts)
+    rival_devices = devices if num_parts > 1 else devices[1:]
+    check_room(workload, [devices[0], devices[0], *rival_devices])
     start_up = StartUp()
     with ExitStack() as stack:
         stack.enter_context(freed_memory_kept())  # as in workers
@@ -224,10 +227,7 @@ def run_step(
         subject = load(workload, devices[0])  # first: what cannot be loaded is said once
         whole_bytes = denoiser_bytes(subject)
         whole = stack.enter_context(WholeModelProcess(workload, devices[0]))
-        rivals = [
-            stack.enter_context(WholeModelProcess(part, device))
-            for device in (devices if num_parts > 1 else devices[1:])
-        ]
+        rivals = [stack.enter_context(WholeModelProcess(part, device)) for device in rival_devices]
         for each in (whole, *rivals):
             each.wait_ready()
         progress("Timing the blocks", 0, 0)

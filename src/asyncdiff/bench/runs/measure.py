@@ -21,6 +21,7 @@ from asyncdiff.bench.comparisons import Comparison, ComparisonRun, comparisons_f
 from asyncdiff.bench.configurations import Configuration
 from asyncdiff.bench.environment import describe_environment
 from asyncdiff.bench.progress import Progress, no_progress
+from asyncdiff.bench.room import check_room
 from asyncdiff.bench.runs.figures import (
     BenchResult,
     ComparisonFigures,
@@ -78,6 +79,7 @@ def run_bench(
     """
     threads, on_cpu = _threads_per_device(devices), all(torch.device(name).type == "cpu" for name in devices)
     most = max(each.num_devices for each in configurations)
+    check_room(workload, devices[:most])
     with ExitStack() as stack:
         stack.enter_context(intra_op_threads(threads))
         stack.enter_context(freed_memory_kept())  # as in workers
