@@ -252,4 +252,5 @@ def test_spawned_run_reports_the_same_bytes() -> None:
     ]
     assert spawned.devices == ("cpu", "cpu")
     assert all(size > 0 for size in spawned.weight_bytes)
+    assert local.weight_bytes == (sum(p.nbytes for p in pipe.unet.parameters()), 0)
     assert spawned.timeline.total_s == pytest.approx(spawned.denoise_s)

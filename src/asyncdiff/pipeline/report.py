@@ -53,10 +53,10 @@ class StepReport:
 @dataclass(frozen=True)
 class RunReport:
     """The last run. `denoise_s`: from the first denoiser call to the end of the last one. `weight_bytes`,
-    `resident_bytes`, `cpu_s`: per rank, now (the local executor holds everything in one process).
-    `device_peak_bytes`: per rank, the most its process has held on CUDA devices, 0 without one. `devices`:
-    one per rank, or the single one of the local executor. A run that was broken off has the steps it came
-    to."""
+    `resident_bytes`, `cpu_s`: per rank, now; the local executor holds everything in one process, and its
+    weights count as those of rank 0. `device_peak_bytes`: per rank, the most its process has held on CUDA
+    devices, 0 without one. `devices`: one per rank, or the single one of the local executor. A run that was
+    broken off has the steps it came to."""
 
     steps: tuple[StepReport, ...]
     denoise_s: float

@@ -17,7 +17,7 @@ from asyncdiff.runtime.executor import RoundCall, process_report, refuse_aborted
 from asyncdiff.runtime.interpreter import RoundTask, StageInterpreter
 from asyncdiff.runtime.link import Parcel, Pending
 from asyncdiff.stage import AS_THEY_ARE, BlockExecution, StageReplica, StageSpec
-from asyncdiff.weights import Skeleton, load_skeleton, named_tensors
+from asyncdiff.weights import Skeleton, load_skeleton, named_tensors, resident_bytes
 
 
 class LocalExecutor:
@@ -26,6 +26,7 @@ class LocalExecutor:
     def __init__(self, device: torch.device, *, execution: BlockExecution = AS_THEY_ARE) -> None:
         self._device = device
         self._execution = execution
+        self._module: nn.Module | None = None
         self._rank_stages: tuple[int | None, ...] = ()
         self._interpreters: list[StageInterpreter] = []
         self._replicas: dict[int, StageReplica] = {}
@@ -42,6 +43,7 @@ class LocalExecutor:
         held: Mapping[int, Collection[str]],
     ) -> None:
         """One replica per stage, over the live module's own tensors."""
+        self._module = module
         self._rank_stages = rank_stages
         tensors = dict(named_tensors(module))
         self._replicas = {
@@ -121,7 +123,12 @@ class LocalExecutor:
         return self._interpreters[0].prediction(run, channel, step)
 
     def reports(self, run: int | None) -> list[WorkerReport]:
-        return [process_report(interpreter.take_records(run), 0) for interpreter in self._interpreters]
+        assert self._module is not None
+        whole = resident_bytes(self._module)
+        return [
+            process_report(interpreter.take_records(run), 0 if rank else whole)
+            for rank, interpreter in enumerate(self._interpreters)
+        ]
 
     def restore(self, module: nn.Module) -> list[str]:
         return []
