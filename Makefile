@@ -43,10 +43,11 @@ tests: $(INSTALLED)
 # Measures what the README and docs/benchmarks show, on this machine; best when it does nothing else.
 benchmarks: $(INSTALLED)
 	$(BIN)/asyncdiff demo --picture docs/images/demo.png --json docs/benchmarks/demo.json
-	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --dtype bfloat16 --devices 2 --stages 2 --stride 1 \
-		--json docs/benchmarks/step-sd21.json
-	$(BIN)/asyncdiff bench --arch sd21 --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 50 \
-		--json docs/benchmarks/run-sd21.json --csv docs/benchmarks/run-sd21.csv --html docs/benchmarks/run-sd21.html
+	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --devices 2 --stages 2 --json docs/benchmarks/step-sd21.json
+	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --dtype bfloat16 --channels-last --devices 2 --stages 2 \
+		--steps 4 --json docs/benchmarks/step-sd21-channels-last.json
+	$(BIN)/asyncdiff bench step --arch sdxl --size 256 --dtype bfloat16 --channels-last --devices 2 --stages 2 \
+		--steps 3 --json docs/benchmarks/step-sdxl.json
 	$(BIN)/asyncdiff bench --arch sd21 --size 256 --dtype float32 --devices 2 --configs 2x1 --steps 50 \
 		--json docs/benchmarks/run-sd21-float32.json --csv docs/benchmarks/run-sd21-float32.csv \
 		--html docs/benchmarks/run-sd21-float32.html
@@ -61,11 +62,11 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python -m asyncdiff.bench.unequal --arch sd21 --size 256 --speed 0.5 --json docs/benchmarks/unequal.json
 	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --devices 2 --steps 30 \
 		--json docs/benchmarks/prediction-sd21.json
-	$(BIN)/asyncdiff bench step --arch sd21 --size 512 --dtype bfloat16 --devices 2 --guidance split \
+	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --devices 2 --guidance split \
 		--json docs/benchmarks/step-sd21-split.json
-	$(BIN)/asyncdiff bench step --arch sd21 --size 512 --dtype bfloat16 --devices 1 --guidance-refresh 2 \
+	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --devices 1 --guidance-refresh 2 \
 		--json docs/benchmarks/step-sd21-refresh.json
-	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 512 --dtype bfloat16 --devices 2 --steps 50 \
+	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --devices 2 --steps 50 \
 		--guidance-refresh 4 --runs 1 --json docs/benchmarks/prediction-sd21-refresh.json
 	$(BIN)/python -m asyncdiff.bench.controlnet --arch controlnet-sdxl --size 256 --dtype bfloat16 \
 		--json docs/benchmarks/controlnet.json --page docs/controlnet.md
