@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from asyncdiff.bench import room
 from asyncdiff.bench.link import LinkSpeed, measure_link, measure_links
 from asyncdiff.bench.prediction_check import PredictionCheck, Repetition, check_prediction
-from asyncdiff.errors import AsyncDiffError
+from asyncdiff.errors import AsyncDiffError, ConfigurationError
 
 
 def test_latency_and_bandwidth_follow_from_the_times() -> None:
@@ -98,6 +100,13 @@ def test_whole_check_of_the_demo(guidance_refresh: int, monkeypatch: pytest.Monk
     assert 0 < run.predicted_s < 1.1 * run.in_order_s / run.busy_speed
     assert run.measured_s > 0
     json.dumps(found.to_json())
+
+
+def test_what_does_not_fit_is_said_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(room, "psutil", memory)
+    with pytest.raises(ConfigurationError, match="This holds 3 whole denoisers of demo in float32"):
+        check_prediction(arch="demo", size=64, dtype="float32", devices=("cpu", "cpu"), steps=6, runs=1)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ def measure_controlnet(
     """Predict and run, `runs` times. `devices`: two."""
     from asyncdiff.bench.architectures import architecture_named
     from asyncdiff.bench.link import measure_links
+    from asyncdiff.bench.room import check_room
     from asyncdiff.bench.whole_model import WholeModelProcess
     from asyncdiff.bench.workload import Workload, load
     from asyncdiff.errors import ConfigurationError
@@ -172,6 +173,7 @@ def measure_controlnet(
     if architecture_named(arch).controlnet_class is None:  # before any process is started
         raise ConfigurationError(f"--arch {arch} has no ControlNet. Use controlnet-sd15 or controlnet-sdxl.")
     workload = Workload(arch, None, size, dtype)
+    check_room(workload, devices)
     progress("Measuring the link", 0, 0)
     links = measure_links(devices)
     with ExitStack() as stack:

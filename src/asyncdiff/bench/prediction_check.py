@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from asyncdiff.bench.link import LinkSpeed
     from asyncdiff.bench.whole_model import WholeModelProcess
     from asyncdiff.bench.workload import Subject
+    from asyncdiff.planner import Plan
 
 _WARMUP_STEPS = 1
 _UNTIMED_STEPS = 6
@@ -36,8 +37,8 @@ _CEILING_STEPS = 6
 class Repetition:
     """`busy_speed`: what part of its speed a process keeps while as many as there are devices work.
     `driver_ms`: the noise scheduler's and guidance's, per step. Seconds are those of whole runs; those in
-    order are of as many steps, `in_order_s` by the sum of all blocks (where guidance is refreshed, of both
-    halves one after the other) and `measured_in_order_s` from single steps.
+    order are of as many steps with the whole batch, `in_order_s` by the sum of all blocks and
+    `measured_in_order_s` from single steps.
     """
 
     kind: str
@@ -123,12 +124,14 @@ def check_prediction(
     """Predict and make a run of `steps` steps on as many stages as devices, `runs` times."""
     from asyncdiff.bench.architectures import architecture_named
     from asyncdiff.bench.link import measure_links
+    from asyncdiff.bench.room import check_room
     from asyncdiff.bench.whole_model import WholeModelProcess
     from asyncdiff.bench.workload import Workload, load
     from asyncdiff.runtime.allocator import freed_memory_kept
 
     architecture_named(arch)  # before any process is started
     workload = Workload(arch, None, size, dtype)
+    check_room(workload, [devices[0], *devices])
     progress("Measuring the link", 0, 0)
     links = measure_links(devices)
     with ExitStack() as stack:
@@ -159,15 +162,20 @@ def _repeat(
     from asyncdiff.bench.workload import run_timed
     from asyncdiff.simulation import Machine
 
-    chosen = asyncdiff.plan(
-        subject.pipe,
-        list(devices),
-        warmup_steps=_WARMUP_STEPS,
-        guidance="together",
-        guidance_refresh=guidance_refresh,
-        profile=True,
-        example=subject.example,
-    )
+    def planned(guidance_refresh: int) -> Plan:
+        return asyncdiff.plan(
+            subject.pipe,
+            list(devices),
+            warmup_steps=_WARMUP_STEPS,
+            guidance="together",
+            guidance_refresh=guidance_refresh,
+            profile=True,
+            example=subject.example,
+        )
+
+    chosen = planned(guidance_refresh)
+    # The blocks of a refreshed plan are those of one half of guidance, which costs more than half of both.
+    in_order_step_s = _whole_step_seconds(chosen if guidance_refresh == 1 else planned(1))
     predictions = chosen.predictions
     assert predictions is not None
     alone_s, together_s = _step_seconds(wholes, chosen.threads_per_device)
@@ -181,8 +189,6 @@ def _repeat(
     with asyncdiff.parallelize(subject.pipe, list(devices), plan=chosen):
         run_timed(subject, max(_UNTIMED_STEPS, _WARMUP_STEPS + 2 * guidance_refresh))
         measured = run_timed(subject, steps)
-    num_parts = 2 if guidance_refresh > 1 else 1
-    in_order_step_s = num_parts * predictions.ideal_speedup * max(predictions.stage_seconds) / chosen.stride
     return Repetition(
         kind=chosen.kind,
         busy_speed=machine.busy_speed,
@@ -193,6 +199,13 @@ def _repeat(
         in_order_s=steps * in_order_step_s,
         measured_in_order_s=steps * alone_s,
     )
+
+
+def _whole_step_seconds(plan: Plan) -> float:
+    """Of all blocks one after the other."""
+    predictions = plan.predictions
+    assert predictions is not None
+    return predictions.ideal_speedup * max(predictions.stage_seconds) / plan.stride
 
 
 def _step_seconds(wholes: Sequence[WholeModelProcess], threads: int | None) -> tuple[float, float]:
