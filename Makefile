@@ -51,8 +51,9 @@ benchmarks: $(INSTALLED)
 	$(BIN)/asyncdiff bench --arch sd21 --size 256 --dtype float32 --devices 2 --configs 2x1 --steps 50 \
 		--json docs/benchmarks/run-sd21-float32.json --csv docs/benchmarks/run-sd21-float32.csv \
 		--html docs/benchmarks/run-sd21-float32.html
-	$(BIN)/asyncdiff bench --arch sdxl --size 256 --dtype bfloat16 --devices 2 --configs 2x1 --steps 12 \
-		--json docs/benchmarks/run-sdxl.json --csv docs/benchmarks/run-sdxl.csv --html docs/benchmarks/run-sdxl.html
+	$(BIN)/asyncdiff bench --arch sdxl --size 256 --dtype bfloat16 --channels-last --devices 2 --configs 2x1 \
+		--steps 6 --runs 2 --json docs/benchmarks/run-sdxl.json --csv docs/benchmarks/run-sdxl.csv \
+		--html docs/benchmarks/run-sdxl.html
 	$(BIN)/asyncdiff bench --arch sd3 --size 256 --dtype float32 --devices 2 --configs 2x1 --steps 12 \
 		--json docs/benchmarks/run-sd3.json --csv docs/benchmarks/run-sd3.csv --html docs/benchmarks/run-sd3.html
 	$(BIN)/python -m asyncdiff.bench.exchange --json docs/benchmarks/exchange.json
@@ -67,7 +68,7 @@ benchmarks: $(INSTALLED)
 	$(BIN)/asyncdiff bench step --arch sd21 --size 256 --devices 1 --guidance-refresh 2 \
 		--json docs/benchmarks/step-sd21-refresh.json
 	$(BIN)/python -m asyncdiff.bench.prediction_check --arch sd21 --size 256 --devices 2 --steps 50 \
-		--guidance-refresh 4 --runs 1 --json docs/benchmarks/prediction-sd21-refresh.json
+		--guidance-refresh 4 --json docs/benchmarks/prediction-sd21-refresh.json
 	$(BIN)/python -m asyncdiff.bench.controlnet --arch controlnet-sdxl --size 256 --dtype bfloat16 \
 		--json docs/benchmarks/controlnet.json --page docs/controlnet.md
 	$(BIN)/python -m asyncdiff.bench.noise_schedulers quality docs/noise-schedulers.md \
