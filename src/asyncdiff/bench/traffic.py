@@ -138,6 +138,8 @@ def _plans(examination: Examination, num_stages: int, devices: list[str]) -> Ite
         largest = IMBALANCES[-1]
         how = f"weights within {target:.0%}, fewest bytes within {largest:.0%}"
         yield from tried(how, max_weight_share=share, imbalance=largest)
+        how = f"weights within {target:.0%}, fewest bytes however uneven"
+        yield from tried(how, max_weight_share=share, imbalance=num_stages - 1.0)
 
 
 def _fine_graph(examination: Examination) -> BlockGraph:
