@@ -204,6 +204,7 @@ def test_predictions_follow_from_their_definitions() -> None:
     assert found.stage_seconds == (5.0, 10.0)
     assert found.balance == pytest.approx(10.0 * 2 / 15.0)
     assert found.ideal_speedup == pytest.approx(9.0 / (10.0 / 3))
+    assert found.step_in_order_seconds(3) == pytest.approx(9.0)
     # b0 (4 bytes, also read by the output) and b1 (8 bytes), once a round of three steps to three copies.
     assert found.crossing_bytes_per_step == 12.0
     assert found.parameter_bytes == (20, 20)
@@ -211,6 +212,7 @@ def test_predictions_follow_from_their_definitions() -> None:
     driven = predict(graph, partition, estimate_seconds(graph), stride=3, driver_seconds=2.0)
     assert driven.stage_seconds == (11.0, 5.0)
     assert driven.ideal_speedup == pytest.approx((9.0 + 2.0) / (11.0 / 3))
+    assert driven.step_in_order_seconds(3) == pytest.approx(9.0 + 2.0)
 
 
 def test_stages_that_read_the_latents_are_known() -> None:

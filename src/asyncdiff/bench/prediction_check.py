@@ -175,9 +175,10 @@ def _repeat(
 
     chosen = planned(guidance_refresh)
     # The blocks of a refreshed plan are those of one half of guidance, which costs more than half of both.
-    in_order_step_s = _whole_step_seconds(chosen if guidance_refresh == 1 else planned(1))
-    predictions = chosen.predictions
+    whole = chosen if guidance_refresh == 1 else planned(1)
+    predictions, of_whole = chosen.predictions, whole.predictions
     assert predictions is not None
+    assert of_whole is not None
     alone_s, together_s = _step_seconds(wholes, chosen.threads_per_device)
     machine = Machine(
         predictions.speeds or (1.0,) * len(devices),
@@ -196,16 +197,9 @@ def _repeat(
         stage_ms=tuple(1e3 * seconds for seconds in predictions.stage_seconds),
         predicted_s=predicted.total_s,
         measured_s=measured.seconds,
-        in_order_s=steps * in_order_step_s,
+        in_order_s=steps * of_whole.step_in_order_seconds(whole.stride),
         measured_in_order_s=steps * alone_s,
     )
-
-
-def _whole_step_seconds(plan: Plan) -> float:
-    """Of all blocks one after the other."""
-    predictions = plan.predictions
-    assert predictions is not None
-    return predictions.ideal_speedup * max(predictions.stage_seconds) / plan.stride
 
 
 def _step_seconds(wholes: Sequence[WholeModelProcess], threads: int | None) -> tuple[float, float]:

@@ -45,6 +45,11 @@ class Predictions:
     latents_stages: tuple[int, ...] | None = None
     fresh_leads: tuple[tuple[int, int, float], ...] = ()
 
+    def step_in_order_seconds(self, stride: int) -> float:
+        """Of the unsplit model on the driver's device, which `ideal_speedup` compares with; `stride` as
+        it was predicted for."""
+        return self.ideal_speedup * max(self.stage_seconds) / stride
+
 
 def predict(
     graph: BlockGraph,

@@ -45,7 +45,7 @@ class SimulatedSpeeds:
             ).total_s
             for count in steps_in_order
         ]
-        step_in_order_s = whole.ideal_speedup * max(whole.stage_seconds) / of.stride
+        step_in_order_s = whole.step_in_order_seconds(of.stride)
         return Speed(statistics.fmean(seconds), self._num_steps * step_in_order_s, "simulated")
 
     def _predictions(self, of: Plan, guidance_refresh: int) -> Predictions:
